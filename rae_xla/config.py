@@ -1,0 +1,128 @@
+"""The base of every configuration object, and YAML plus ``key=value`` overrides turned into plain mappings.
+
+A component's own configuration stands beside the component; `rae_xla.recipe` puts them together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from rae_xla.errors import UserError
+
+
+class Config(BaseModel):
+    """A frozen, keyword-only, strictly typed object; unknown keys fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file, with the file named under ``base`` merged below it.
+
+    ``base`` is relative to the file that names it; lists and scalars replace, mappings merge.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping.
+    """
+    file = Path(path)
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys to values, this file holds {type(content).__name__}")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    return merge(read_yaml(str(file.parent / str(base))), content)
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``above`` laid over ``below``: mappings merge key by key, anything else replaces."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """``content`` with every ``key.sub=value`` applied; the value is read as YAML.
+
+    Raises:
+        UserError: an override without ``=``, with a value that is no YAML, or that reaches into a scalar.
+    """
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r}: an override is written key.sub=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not valid YAML") from error
+        *parents, last = key.split(".")
+        nested: dict[str, Any] = {last: value}
+        for parent in reversed(parents):
+            nested = {parent: nested}
+        content = merge(content, nested)
+    return content
+
+
+def describe_errors(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """All of pydantic's findings in one line: which key of which file, what is wrong, what to do."""
+    return "; ".join(f"{where}: {_describe(finding, model)}" for finding in error.errors())
+
+
+def _describe(finding: Any, model: type[BaseModel]) -> str:
+    location = [str(part) for part in finding["loc"] if isinstance(part, str | int)]
+    key = ".".join(location) or "(top level)"
+    value = finding.get("input")
+    if finding["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggestion(location, model)}"
+    if finding["type"] == "missing":
+        return f"{key}: required key is missing"
+    if finding["type"] == "float_type" and isinstance(value, str) and _is_number(value):
+        return f"{key}: YAML reads {value} as text; write {float(value):.6e} with a dot before the e"
+    if finding["type"] == "value_error":
+        return f"{key}: {finding['ctx']['error']}"
+    return f"{key}: {finding['msg'][0].lower()}{finding['msg'][1:]}, got {value!r}"
+
+
+def _suggestion(location: list[str], model: type[BaseModel]) -> str:
+    fields = _fields_at(location[:-1], model)
+    close = difflib.get_close_matches(location[-1], fields, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known here: {', '.join(sorted(fields))}" if fields else ""
+
+
+def _fields_at(location: list[str], model: type[BaseModel]) -> list[str]:
+    current: Any = model
+    for part in location:
+        fields = getattr(current, "model_fields", {})
+        if part not in fields:
+            return []
+        current = _config_class(fields[part].annotation)
+    return list(getattr(current, "model_fields", {}))
+
+
+def _config_class(annotation: Any) -> Any:
+    if isinstance(annotation, type):
+        return annotation
+    candidates = [_config_class(argument) for argument in getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

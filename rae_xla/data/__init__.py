@@ -1,0 +1,1 @@
+"""Image sources, transforms and the loader that puts them in order."""

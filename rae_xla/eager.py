@@ -1,0 +1,68 @@
+"""The eager runtime: plain PyTorch on one CPU or CUDA device, for parity checks and debugging."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from rae_xla.flow.sampler import python_loop
+from rae_xla.runtime import MeshConfig, Precision, Tree, compute_dtype
+
+
+class EagerRuntime:
+    """One device, nothing compiled. CUDA if there is one."""
+
+    name = "eager"
+    num_devices = 1
+    process_index = 0
+    num_processes = 1
+
+    def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+        mesh.shape_for(self.num_devices)
+        self.precision = precision
+        self.compute_dtype = compute_dtype(precision)
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.loop = python_loop
+
+    def describe(self) -> dict[str, Any]:
+        """See `Runtime`."""
+        return {
+            "runtime": self.name,
+            "device": self._device.type,
+            "num_devices": 1,
+            "precision": self.precision,
+            "torch": torch.__version__,
+        }
+
+    def place_state(self, tree: Tree) -> Tree:
+        """See `Runtime`. Copies, so that the host's tensors stay as they are."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone().to(self._device), tree)
+
+    def place_batch(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
+        return self.place_state(tree)
+
+    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> EagerStep:
+        """See `Runtime`."""
+        return EagerStep(function, name)
+
+    def to_host(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), tree)
+
+
+class EagerStep:
+    """A function called as it is."""
+
+    compile_seconds = 0.0
+
+    def __init__(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> None:
+        self.name = name
+        self._function = function
+
+    def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """One step. The functions differentiate explicitly, so nothing outside them needs gradients."""
+        return self._function(state, frozen, batch)

@@ -1,0 +1,1 @@
+"""Statistics, samples and scores. Sees the `Runtime` protocol only."""

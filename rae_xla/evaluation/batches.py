@@ -1,0 +1,50 @@
+"""Apply a frozen function to many rows in batches of one compiled shape; the last batch is padded and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rae_xla.runtime import Runtime
+
+
+def batch_size_for(wanted: int, runtime: Runtime) -> int:
+    """``wanted`` rounded up to a multiple of the devices: padding is cut, so any size is right."""
+    return -(-wanted // runtime.num_devices) * runtime.num_devices
+
+
+def map_batches(
+    function: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]],
+    frozen: Any,
+    columns: dict[str, np.ndarray],
+    batch_size: int,
+    runtime: Runtime,
+    name: str,
+) -> Iterator[dict[str, np.ndarray]]:
+    """``function(frozen, batch)`` over the rows of ``columns``, batch by batch, results cut to real rows.
+
+    ``function`` runs as one compiled step and returns tensors with one row for each row of the batch. ``frozen`` is on
+    the host.
+    """
+
+    def step(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        with torch.no_grad():
+            return state, function(frozen, batch)
+
+    compiled = runtime.compile(step, name)
+    placed = runtime.place_state(frozen)
+    num_rows = len(next(iter(columns.values())))
+    size = batch_size_for(batch_size, runtime)
+    with tqdm(total=num_rows, desc=name, unit="image", disable=runtime.process_index != 0) as bar:
+        for start in range(0, num_rows, size):
+            rows = np.minimum(np.arange(start, start + size), num_rows - 1)
+            batch = {key: torch.from_numpy(values[rows]) for key, values in columns.items()}
+            _, outputs = compiled({}, placed, runtime.place_batch(batch))
+            real = min(size, num_rows - start)
+            yield {key: value.numpy()[:real] for key, value in runtime.to_host(outputs).items()}
+            bar.update(real)

@@ -1,0 +1,134 @@
+"""Samples: a label and a noise for each index, the sampler as one program, and what is written about them.
+
+Label and noise are functions of (seed, sample index) alone: neither the batch size nor the number of devices changes an
+image, and every class appears equally often.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from rae_xla import storage
+from rae_xla.data.transforms import to_bytes
+from rae_xla.errors import UserError
+from rae_xla.evaluation.batches import map_batches
+from rae_xla.flow.guidance import (
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    Velocity,
+    autoguidance,
+    classifier_free,
+)
+from rae_xla.flow.sampler import euler
+from rae_xla.flow.schedule import sampling_times
+from rae_xla.models.autoencoder import load_latent_decoder
+from rae_xla.models.dit_dh import DiTDH
+from rae_xla.models.functional import call, tensors_of
+from rae_xla.models.loading import load_weights
+from rae_xla.random import Purpose, normal
+from rae_xla.recipe import DiffusionRecipe
+from rae_xla.runtime import Runtime
+from rae_xla.training.loop import WEIGHTS_FILE
+
+
+def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
+    """int32 [num_images], classes in turn: equally many of each if the number divides, and never in blocks.
+
+    Scores that split samples in file order need a mixed order.
+    """
+    return (np.arange(num_images) % num_classes).astype(np.int32)
+
+
+class Sampler:
+    """A trained model, its guide and the decoder as one compiled program: (index, label) -> image."""
+
+    def __init__(self, recipe: DiffusionRecipe, num_classes: int, runtime: Runtime) -> None:
+        self._recipe = recipe
+        self._runtime = runtime
+        self.num_classes = num_classes
+        self.latent_shape = recipe.autoencoder.encoder.latent_shape
+        self.shift = recipe.flow.shift_for(self.latent_shape)
+        self._decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
+        self._model = self._dit_dh(recipe.model)
+        self.weights_path = storage.join(recipe.path(recipe.run_dir), WEIGHTS_FILE)
+        load_weights(self._model, self.weights_path, "run_dir")
+        self._guide: DiTDH | None = None
+        if isinstance(recipe.guidance, AutoGuidance):
+            self._guide = self._dit_dh(recipe.guidance.model)
+            load_weights(self._guide, recipe.path(recipe.guidance.weights), "guidance.weights")
+
+    def sample(self, labels: np.ndarray, seed: int) -> np.ndarray:
+        """uint8 [N, H, W, 3]: image i has label ``labels[i]`` and the noise of (seed, i).
+
+        Raises:
+            UserError: a label out of range.
+        """
+        if len(labels) and not (0 <= labels.min() and labels.max() < self.num_classes):
+            raise UserError(f"labels: must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
+        frozen = {"model": tensors_of(self._model), "decoder": tensors_of(self._decoder)}
+        if self._guide is not None:
+            frozen["guide"] = tensors_of(self._guide)
+        frozen["times"] = {"grid": self._times()}
+        columns = {"rows": np.arange(len(labels), dtype=np.int32), "labels": labels.astype(np.int32)}
+
+        def program(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            noise = normal(seed, Purpose.INITIAL_NOISE, batch["rows"], self.latent_shape)
+            velocity = self._velocity(frozen)
+            latents = euler(velocity, noise, batch["labels"], frozen["times"]["grid"], self._runtime.loop)
+            return {"images": to_bytes(self._call(self._decoder, frozen["decoder"], latents))}
+
+        size = self._recipe.sampler.batch_size
+        name = f"sampling ({self._recipe.guidance.method})"
+        parts = map_batches(program, frozen, columns, min(size, len(labels)), self._runtime, name)
+        return np.concatenate([part["images"] for part in parts])
+
+    def manifest(self) -> dict[str, Any]:
+        """Everything that decides the images, but for the number and the seed."""
+        recipe = self._recipe
+        return {
+            "sampler": recipe.sampler.model_dump(),
+            "times": [round(float(t), 8) for t in self._times()],
+            "shift": self.shift,
+            "guidance": recipe.guidance.model_dump(),
+            "pixels": "clamped to [0, 1], times 255, truncated",
+            "runtime": self._runtime.describe(),
+        }
+
+    def weights_files(self) -> dict[str, str]:
+        """The files whose content decides the images."""
+        recipe = self._recipe
+        named = {
+            "model": self.weights_path,
+            "decoder": recipe.autoencoder.decoder.weights,
+            "latent_stats": recipe.autoencoder.latent_stats,
+            "guide": recipe.guidance.weights if isinstance(recipe.guidance, AutoGuidance) else None,
+        }
+        return {name: storage.resolve(recipe.root, path) for name, path in named.items() if path is not None}
+
+    def _times(self) -> Tensor:
+        config = self._recipe.sampler
+        return sampling_times(config.num_grid_points, self.shift, end_at_zero=config.end_at_zero)
+
+    def _dit_dh(self, config: Any) -> DiTDH:
+        channels, grid, _ = self.latent_shape
+        return DiTDH(config, channels=channels, grid=grid, num_classes=self.num_classes)
+
+    def _call(self, module: Any, tensors: Any, *arguments: Tensor) -> Tensor:
+        return call(module, tensors, self._runtime.compute_dtype, *arguments)
+
+    def _velocity(self, frozen: Any) -> Velocity:
+        def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return self._call(self._model, frozen["model"], x, t, labels)
+
+        def guide(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return self._call(self._guide, frozen["guide"], x, t, labels)
+
+        guidance = self._recipe.guidance
+        if isinstance(guidance, ClassifierFreeGuidance):
+            return classifier_free(model, guidance, self.num_classes)
+        if isinstance(guidance, AutoGuidance):
+            return autoguidance(model, guide, guidance)
+        return model

@@ -1,0 +1,67 @@
+"""Exact mean and variance of the encoder's features at every position, over a whole split.
+
+The released script keeps a running value with momentum 0.1, which forgets all but its last tens of batches. Here every
+image counts once: features come off the device, and batches are merged in float64 (Chan, Golub and LeVeque, 1979), so
+the answer depends neither on the batch size nor on the number of devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rae_xla.data.sources import open_source
+from rae_xla.data.transforms import to_unit
+from rae_xla.evaluation.batches import map_batches
+from rae_xla.models.autoencoder import load_latent_encoder
+from rae_xla.models.functional import call, tensors_of
+from rae_xla.recipe import LatentStatsRecipe
+from rae_xla.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and sum of squared deviations; float64."""
+
+    count: int
+    mean: np.ndarray
+    squares: np.ndarray
+
+    @staticmethod
+    def of(rows: np.ndarray) -> Moments:
+        """Of the rows of an array."""
+        rows = rows.astype(np.float64)
+        mean = rows.mean(axis=0)
+        return Moments(len(rows), mean, np.square(rows - mean).sum(axis=0))
+
+    def merge(self, other: Moments) -> Moments:
+        """Of both sets of rows together."""
+        count = self.count + other.count
+        difference = other.mean - self.mean
+        mean = self.mean + difference * (other.count / count)
+        squares = self.squares + other.squares + np.square(difference) * (self.count * other.count / count)
+        return Moments(count, mean, squares)
+
+
+def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tensor]:
+    """``mean`` and ``variance`` (over n), float32 [C, h, w], of the training split's features."""
+    images = open_source(recipe.data, "train")
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
+
+    def encode(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"features": call(encoder, frozen, runtime.compute_dtype, to_unit(batch["images"]))}
+
+    moments: Moments | None = None
+    columns = {"images": images.images}
+    for output in map_batches(encode, tensors_of(encoder), columns, recipe.data.batch_size, runtime, "latent statistics"):
+        part = Moments.of(output["features"])
+        moments = part if moments is None else moments.merge(part)
+    assert moments is not None
+    return {
+        "mean": torch.from_numpy(moments.mean.astype(np.float32)),
+        "variance": torch.from_numpy((moments.squares / moments.count).astype(np.float32)),
+    }

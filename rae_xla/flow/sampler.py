@@ -1,0 +1,46 @@
+"""Euler's method on an explicit grid of times. The state stays float32 whatever the model computes in.
+
+The loop is handed in, so that a runtime can make it one program on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rae_xla.config import Config
+from rae_xla.flow.guidance import Velocity
+
+Loop = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
+"""(body, carry, rows) -> carry: body(carry, row) for every row of ``rows`` [S, ...], in order."""
+
+
+class SamplerConfig(Config):
+    """``num_grid_points`` times, so one evaluation fewer; the released grid stops short of t = 0."""
+
+    method: Literal["euler"] = "euler"
+    num_grid_points: int = Field(default=50, ge=2)
+    end_at_zero: bool = False
+    batch_size: int = Field(gt=0)
+
+
+def euler(velocity: Velocity, noise: Tensor, labels: Tensor, times: Tensor, loop: Loop) -> Tensor:
+    """Latents [B, C, h, w] at the last time, from ``noise`` at the first; ``times`` float32 [S], falling."""
+    intervals = torch.stack([times[:-1], times[1:]], dim=1)  # [S - 1, 2]
+
+    def step(x: Tensor, interval: Tensor) -> Tensor:
+        now, then = interval[0], interval[1]
+        return x + (then - now) * velocity(x, now.expand(x.shape[0]), labels).float()
+
+    return loop(step, noise.float(), intervals)
+
+
+def python_loop(body: Callable[[Tensor, Tensor], Tensor], carry: Tensor, rows: Tensor) -> Tensor:
+    """The loop as Python runs it."""
+    for row in rows:
+        carry = body(carry, row)
+    return carry

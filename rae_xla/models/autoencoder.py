@@ -1,0 +1,124 @@
+"""The Representation Autoencoder: images to normalised latents with a frozen encoder, and back with a trained decoder.
+
+B batch, C channels, h = w = grid of the latent, H = W image side.
+
+Source: arXiv 2510.11690, section 3; the per-position normalisation and its eps are those of the released code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rae_xla import storage
+from rae_xla.config import Config
+from rae_xla.errors import UserError
+from rae_xla.models.decoder import Decoder, DecoderConfig
+from rae_xla.models.encoders import Encoder, EncoderConfig
+from rae_xla.models.loading import load_weights
+
+STATS_EPS = 1e-5
+
+
+class AutoencoderConfig(Config):
+    """An encoder, a decoder and the file of latent statistics; ``latent_stats: null`` leaves latents as they are."""
+
+    encoder: EncoderConfig
+    decoder: DecoderConfig
+    latent_stats: str | None = None
+
+
+class _Normalised(nn.Module):
+    """Latents = (features - shift) / scale, per position; shift 0 and scale 1 until statistics are given."""
+
+    latent_shift: Tensor
+    latent_scale: Tensor
+
+    def __init__(self, latent_shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.register_buffer("latent_shift", torch.zeros(latent_shape), persistent=False)
+        self.register_buffer("latent_scale", torch.ones(latent_shape), persistent=False)
+
+    def set_stats(self, mean: Tensor, variance: Tensor) -> None:
+        """Normalise by these statistics, float32 [C, h, w]."""
+        self.latent_shift.copy_(mean)
+        self.latent_scale.copy_((variance + STATS_EPS).sqrt())
+
+
+class LatentEncoder(_Normalised):
+    """Images to latents."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__(config.latent_shape)
+        self.encoder = Encoder(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1] -> float32 [B, C, h, w]; zero mean and unit variance at each position."""
+        return (self.encoder(images) - self.latent_shift) / self.latent_scale
+
+
+class LatentDecoder(_Normalised):
+    """Latents to images."""
+
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__(config.encoder.latent_shape)
+        self.decoder = Decoder(config.decoder, channels=config.encoder.width, grid=config.encoder.grid)
+        mean, std = config.encoder.pixel_stats()
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", std, persistent=False)
+
+    def init_weights(self) -> None:
+        """The decoder's."""
+        self.decoder.init_weights()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """float32 [B, C, h, w] -> float32 [B, 3, H, W], around [0, 1] and not clamped."""
+        pixels = self.decoder(latents * self.latent_scale + self.latent_shift)
+        return pixels * self.pixel_std + self.pixel_mean
+
+
+def load_latent_encoder(config: AutoencoderConfig, root: str) -> LatentEncoder:
+    """The encoder with its weights, and the statistics if the configuration names them.
+
+    Raises:
+        UserError: a file is missing or does not fit.
+    """
+    module = LatentEncoder(config.encoder)
+    _load(module.encoder, config.encoder.weights, root, "autoencoder.encoder.weights")
+    _load_stats(module, config, root)
+    return module
+
+
+def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:
+    """The decoder with its weights, and the statistics if the configuration names them.
+
+    Raises:
+        UserError: a file is missing or does not fit.
+    """
+    module = LatentDecoder(config)
+    _load(module.decoder, config.decoder.weights, root, "autoencoder.decoder.weights")
+    _load_stats(module, config, root)
+    return module
+
+
+def _load(module: nn.Module, weights: str | None, root: str, key: str) -> None:
+    if weights is None:
+        raise UserError(f"{key}: required here; give the safetensors file")
+    load_weights(module, storage.resolve(root, weights), key)
+
+
+def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> None:
+    if config.latent_stats is None:
+        return
+    key = "autoencoder.latent_stats"
+    path = storage.resolve(root, config.latent_stats)
+    stats = storage.read_tensors(path, key)
+    shape = list(config.encoder.latent_shape)
+    for name in ("mean", "variance"):
+        if name not in stats or list(stats[name].shape) != shape:
+            got = list(stats[name].shape) if name in stats else "missing"
+            raise UserError(f"{key}: {path}: {name} is {got}, should be {shape}; run tools/latent_stats.py for this encoder")
+    module.set_stats(stats["mean"].float(), stats["variance"].float())

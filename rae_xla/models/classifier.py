@@ -1,0 +1,69 @@
+"""Two small image classifiers for the quickstart, which has no pretrained weights to start from.
+
+B batch, C channels, K classes. One is the encoder with a linear head: training it makes the representation. The other
+is a plain convolutional network that shares nothing with it and judges what was generated.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rae_xla.config import Config
+from rae_xla.models.encoders import Encoder, EncoderConfig
+
+
+class ConvNetConfig(Config):
+    """A stem and two halvings of ``image_size``, then a hidden layer of ``feature_width``."""
+
+    name: Literal["convnet"]
+    image_size: int
+    width: int
+    feature_width: int
+    weights: str | None = None
+
+
+class EncoderClassifier(nn.Module):
+    """The encoder, the mean of its patch features, a linear head."""
+
+    def __init__(self, config: EncoderConfig, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.head = nn.Linear(config.width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, K]."""
+        return self.head(self.encoder(images).mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
+
+
+class ConvNet(nn.Module):
+    """Three strided convolutions, a hidden layer whose output serves as features, a linear head."""
+
+    def __init__(self, config: ConvNetConfig, num_classes: int) -> None:
+        super().__init__()
+        width = config.width
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(3, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+        )
+        self.hidden = nn.Linear(2 * width * (config.image_size // 8) ** 2, config.feature_width)
+        self.head = nn.Linear(config.feature_width, num_classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1] -> [B, feature_width]."""
+        return functional.gelu(self.hidden(self.convolutions((images * 2 - 1).to(self.hidden.weight.dtype)).flatten(1)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, K]."""
+        return self.head(self.features(images)).float()
+
+
+def create_classifier(config: EncoderConfig | ConvNetConfig, num_classes: int) -> EncoderClassifier | ConvNet:
+    """The classifier that this configuration describes."""
+    return ConvNet(config, num_classes) if isinstance(config, ConvNetConfig) else EncoderClassifier(config, num_classes)

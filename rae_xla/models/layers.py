@@ -1,0 +1,200 @@
+"""Layers shared by the diffusion transformers and the decoder.
+
+B batch, N tokens, D width, H heads, K = D / H width of a head, C channels of a latent token.
+
+Source: LightningDiT as used in arXiv 2510.11690 (RMSNorm, SwiGLU, 2-D rotary embedding, adaLN); the position
+embeddings are those of MAE (arXiv 2111.06377).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embeddings, float32 [grid * grid, width], tokens in row-major order.
+
+    The first half of the width encodes the column, the second half the row; each is sines, then cosines.
+
+    Raises:
+        ValueError: ``width`` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"position embeddings need a width that is a multiple of 4, got {width}")
+    frequencies = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    rows, columns = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+    angles = [positions.flatten()[:, None] * frequencies for positions in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale, in float32 whatever the input's dtype."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], same dtype."""
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class RotaryEmbedding2D(nn.Module):
+    """Rotary position embedding on a square grid: half of a head's channels turn with the row, half with the column.
+
+    Channels are rotated in neighbouring pairs (2i, 2i + 1), theta 10,000, as in the released checkpoints.
+    """
+
+    def __init__(self, head_width: int, grid: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_width % 4:
+            raise ValueError(f"2-D rotary embedding needs a head width that is a multiple of 4, got {head_width}")
+        per_axis = head_width // 2
+        frequencies = 1.0 / theta ** (torch.arange(0, per_axis, 2).float() / per_axis)
+        angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
+        rows = angles[:, None, :].expand(grid, grid, per_axis)
+        columns = angles[None, :, :].expand(grid, grid, per_axis)
+        both = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_width)
+        self.register_buffer("cos", both.cos(), persistent=False)
+        self.register_buffer("sin", both.sin(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, N, K] -> [B, H, N, K], same dtype."""
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+        return (x * self.cos + turned * self.sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with bias; softmax in float32; rotary embedding where one is given."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"attention width {width} does not divide over {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rotary: RotaryEmbedding2D | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, K]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, K]
+        if rotary is not None:
+            q, k = rotary(q), rotary(k)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, N, N]
+        mixed = scores.float().softmax(dim=-1).to(v.dtype) @ v
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP whose hidden width is two thirds of four times the width, so that its size equals a plain MLP's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * int(width * 4.0))
+        self.gate_and_value = nn.Linear(width, 2 * hidden)
+        self.output = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        return self.output(functional.silu(gate) * value)
+
+
+class ModulatedBlock(nn.Module):
+    """A LightningDiT block: attention and SwiGLU, each shifted, scaled and gated by the condition (adaLN-zero).
+
+    The condition is per sample [B, 1, D] in the backbone and per token [B, N, D] in the wide head.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attention = Attention(width, num_heads)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def init_weights(self) -> None:
+        """Zero modulation: the block starts as the identity."""
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, condition: Tensor, rotary: RotaryEmbedding2D) -> Tensor:
+        """x [B, N, D], condition [B, 1 or N, D] -> [B, N, D]."""
+        modulation = self.modulation(functional.silu(condition)).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotary)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class ModulatedOutput(nn.Module):
+    """Last layer of a diffusion transformer: norm, modulation, linear; starts at zero."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, channels)
+
+    def init_weights(self) -> None:
+        """Zero everywhere, so that the first predicted velocity is zero."""
+        for layer in (self.modulation, self.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x [B, N, D], condition [B, 1 or N, D] -> [B, N, C]."""
+        shift, scale = self.modulation(functional.silu(condition)).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``; all broadcast to [B, N, D]."""
+    return x * (1 + scale) + shift
+
+
+class TimeEmbedder(nn.Module):
+    """Gaussian Fourier features of the time, then a two-layer MLP. The frequencies are drawn once and kept."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, num_frequencies: int = 256) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.zeros(num_frequencies))
+        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def init_weights(self) -> None:
+        """Frequencies from a standard normal; MLP weights with standard deviation 0.02."""
+        nn.init.normal_(self.frequencies)
+        nn.init.normal_(self.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.mlp[2].weight, std=0.02)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t float32 [B] in [0, 1] -> [B, D]. The angles are float32 whatever the weights are."""
+        angles = t.float()[:, None] * self.frequencies.float() * (2 * math.pi)
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """One vector a class, and one more for "no class": label ``num_classes``."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(num_classes + 1, width)
+
+    def init_weights(self) -> None:
+        """Standard deviation 0.02."""
+        nn.init.normal_(self.table.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """int labels [B] in 0..num_classes -> [B, D]."""
+        return self.table(labels)

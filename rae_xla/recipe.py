@@ -1,0 +1,140 @@
+"""Recipes: what a YAML file may say, one class for each task, put together from the components' own configurations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from rae_xla import storage
+from rae_xla.config import Config, apply_overrides, describe_errors, read_yaml
+from rae_xla.data.sources import DataConfig
+from rae_xla.errors import UserError
+from rae_xla.flow.guidance import GuidanceConfig, NoGuidance
+from rae_xla.flow.sampler import SamplerConfig
+from rae_xla.flow.schedule import FlowConfig
+from rae_xla.models.autoencoder import AutoencoderConfig
+from rae_xla.models.classifier import ConvNetConfig
+from rae_xla.models.dit_dh import DiTDHConfig
+from rae_xla.models.encoders import EncoderConfig
+from rae_xla.runtime import MeshConfig, Precision
+from rae_xla.training.checkpoint import CheckpointConfig
+from rae_xla.training.metrics import LogConfig
+from rae_xla.training.optimizer import OptimizerConfig
+
+
+class CommonRecipe(Config):
+    """What every task has. Relative paths in a recipe are inside ``root``, which may be a ``gs://`` URL."""
+
+    root: str = "."
+    run_dir: str
+    seed: int
+    runtime: Literal["xla", "eager"] = "xla"
+    mesh: MeshConfig = MeshConfig()
+    precision: Precision = "fp32"
+    data: DataConfig
+
+    def path(self, path: str) -> str:
+        """A path of this recipe, made absolute by its ``root``."""
+        return storage.resolve(self.root, path)
+
+
+class TrainingRecipe(CommonRecipe):
+    """What every training has."""
+
+    train: OptimizerConfig
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig
+
+
+class ClassifierRecipe(TrainingRecipe):
+    """Train a classifier on the source's labels: the quickstart's encoder, and its independent judge."""
+
+    task: Literal["classifier"]
+    model: Annotated[EncoderConfig | ConvNetConfig, Field(discriminator="name")]
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class LatentNoiseConfig(Config):
+    """Noise added to the encoder's features while the decoder trains (arXiv 2510.11690, section 4.3).
+
+    sigma is drawn per image: ``half_normal`` |N(0, scale^2)| as in the paper, ``uniform`` scale * U(0, 1) as released.
+    """
+
+    scale: float = Field(ge=0)
+    distribution: Literal["half_normal", "uniform"]
+
+
+class AutoencoderRecipe(TrainingRecipe):
+    """Train a decoder on a frozen encoder."""
+
+    task: Literal["autoencoder"]
+    autoencoder: AutoencoderConfig
+    latent_noise: LatentNoiseConfig
+
+
+class LatentStatsRecipe(CommonRecipe):
+    """Exact mean and variance of the encoder's features over the training split."""
+
+    task: Literal["latent_stats"]
+    autoencoder: AutoencoderConfig
+
+
+class DiffusionRecipe(TrainingRecipe):
+    """Train a DiT^DH on latents by flow matching, and sample from it."""
+
+    task: Literal["diffusion"]
+    autoencoder: AutoencoderConfig
+    model: DiTDHConfig
+    flow: FlowConfig
+    sampler: SamplerConfig
+    guidance: GuidanceConfig = NoGuidance()
+
+
+class EvaluationRecipe(CommonRecipe):
+    """Score reconstructions and samples with a classifier that none of the models has seen."""
+
+    task: Literal["evaluation"]
+    autoencoder: AutoencoderConfig
+    judge: ConvNetConfig
+
+
+Recipe = Annotated[
+    ClassifierRecipe | AutoencoderRecipe | LatentStatsRecipe | DiffusionRecipe | EvaluationRecipe,
+    Field(discriminator="task"),
+]
+RECIPES: dict[str, type[CommonRecipe]] = {
+    "classifier": ClassifierRecipe,
+    "autoencoder": AutoencoderRecipe,
+    "latent_stats": LatentStatsRecipe,
+    "diffusion": DiffusionRecipe,
+    "evaluation": EvaluationRecipe,
+}
+
+
+def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
+    """The recipe in a YAML file, with ``key.sub=value`` overrides applied, for one of these tasks (any if none given).
+
+    Raises:
+        UserError: anything wrong with it, in one line.
+    """
+    content = apply_overrides(read_yaml(path), overrides)
+    task = content.get("task")
+    known = tasks or tuple(RECIPES)
+    if task not in known:
+        raise UserError(f"{path}: task: {task!r} does not fit this command; it takes a recipe with task {' or '.join(known)}")
+    try:
+        return RECIPES[str(task)].model_validate(content)
+    except ValidationError as error:
+        raise UserError(describe_errors(error, path, RECIPES[str(task)])) from error
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """The resolved recipe as YAML, every default spelled out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def save_recipe(recipe: CommonRecipe, directory: str) -> None:
+    """``recipe.yaml`` in a run directory."""
+    storage.write_text(storage.join(directory, "recipe.yaml"), dump_recipe(recipe))

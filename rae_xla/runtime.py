@@ -1,0 +1,118 @@
+"""The seam between what is computed and what computes it.
+
+`training` and `evaluation` see the `Runtime` protocol only. `create` is the one place that imports an implementation:
+``xla`` (TPU, or CPU for development) or ``eager`` (plain PyTorch on CPU or CUDA, for parity checks and debugging).
+
+A tree is a nested dict, list or tuple of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from rae_xla.config import Config
+from rae_xla.errors import UserError
+
+Tree = Any
+Precision = Literal["fp32", "fp32_highest", "bf16"]
+
+
+class MeshConfig(Config):
+    """How the devices are arranged. The batch is split over both axes, parameters over ``fsdp``.
+
+    ``data: -1`` takes all devices that ``fsdp`` leaves.
+    """
+
+    data: int = -1
+    fsdp: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _positive(self) -> MeshConfig:
+        if self.data != -1 and self.data < 1:
+            raise ValueError(f"data is a number of devices or -1 for all that are left, got {self.data}")
+        return self
+
+    def shape_for(self, num_devices: int) -> tuple[int, int]:
+        """(data, fsdp) on this many devices.
+
+        Raises:
+            UserError: the axes do not multiply to the number of devices.
+        """
+        data = num_devices // self.fsdp if self.data == -1 else self.data
+        if data * self.fsdp != num_devices:
+            wanted = f"data: {self.data}, fsdp: {self.fsdp}"
+            raise UserError(f"mesh: {wanted} does not fit {num_devices} devices; data * fsdp must equal {num_devices}")
+        return data, self.fsdp
+
+
+class CompiledStep(Protocol):
+    """``(state, frozen, batch) -> (state, outputs)``; the state passed in is consumed."""
+
+    name: str
+    compile_seconds: float | None
+
+    def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
+        """One step on the device."""
+
+
+class Runtime(Protocol):
+    """Devices, where tensors live on them, and how functions run there."""
+
+    name: str
+    num_devices: int
+    process_index: int
+    num_processes: int
+    compute_dtype: torch.dtype
+
+    def describe(self) -> dict[str, Any]:
+        """Devices, mesh, precision in effect and versions, for logs and manifests."""
+
+    def place_state(self, tree: Tree) -> Tree:
+        """Host tensors onto the devices: large ones split over the ``fsdp`` axis, the others whole everywhere."""
+
+    def place_batch(self, tree: Tree) -> Tree:
+        """This process's part of a batch onto its devices, split over the mesh along the first dimension."""
+
+    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
+        """A step that is traced at its first call and replayed from then on."""
+
+    def loop(self, body: Callable[[Tensor, Tensor], Tensor], carry: Tensor, rows: Tensor) -> Tensor:
+        """``carry = body(carry, row)`` for each row, on the device, inside a compiled step; no gradients."""
+
+    def to_host(self, tree: Tree) -> Tree:
+        """Values on the host; waits for them."""
+
+
+def create(name: Literal["xla", "eager"], mesh: MeshConfig, precision: Precision) -> Runtime:
+    """The runtime of this name, on all devices of this machine or slice.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or torch_xla is not installed.
+    """
+    if name == "eager":
+        from rae_xla.eager import EagerRuntime
+
+        return EagerRuntime(mesh, precision)
+    try:
+        from rae_xla.xla.runtime import XLARuntime
+    except ImportError as error:
+        raise UserError(f"runtime: xla needs torch_xla ({error}); install it or say runtime=eager") from error
+    return XLARuntime(mesh, precision)
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """The type that matrix products take their inputs in."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def check_batch_size(batch_size: int, runtime: Runtime, key: str) -> None:
+    """Raises a `UserError` that names ``key`` if the batch does not divide over the devices."""
+    if batch_size % runtime.num_devices:
+        lower = batch_size - batch_size % runtime.num_devices
+        remedy = f"use {lower} or {lower + runtime.num_devices}" if lower else f"use {runtime.num_devices}"
+        raise UserError(f"{key}: {batch_size} does not divide over the {runtime.num_devices} devices; {remedy}")

@@ -1,0 +1,56 @@
+"""Decoder training on a frozen encoder (arXiv 2510.11690, sections 3 and 4.3): L1 loss on noise-augmented features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae_xla.data.sources import open_source
+from rae_xla.data.transforms import to_unit
+from rae_xla.models.autoencoder import LatentDecoder, load_latent_encoder
+from rae_xla.models.functional import buffers_of, call, tensors_of
+from rae_xla.models.loading import initialised
+from rae_xla.random import Purpose, normal, uniform
+from rae_xla.recipe import AutoencoderRecipe, LatentNoiseConfig
+from rae_xla.training.loop import TrainingTask
+from rae_xla.training.optimizer import total_steps
+from rae_xla.training.update import initial_state, make_update
+
+
+def autoencoder_task(recipe: AutoencoderRecipe, compute_dtype: torch.dtype) -> TrainingTask:
+    """The decoder learns to undo the encoder, from features with noise of random size added."""
+    images = open_source(recipe.data, "train")
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
+    module = initialised(lambda: LatentDecoder(recipe.autoencoder), recipe.seed)
+    steps_per_epoch = len(images) / recipe.data.batch_size
+
+    def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        original = to_unit(batch["images"])
+        with torch.no_grad():
+            features = call(encoder, frozen["encoder"], compute_dtype, original)
+            noise = latent_noise(recipe.latent_noise, recipe.seed, batch["positions"], features.shape)
+        difference = model(features + noise) - original
+        return difference.abs().mean(), {"mean_squared_error": difference.square().mean()}
+
+    return TrainingTask(
+        name="decoder",
+        images=images,
+        num_steps=total_steps(recipe.train, steps_per_epoch),
+        state=initial_state(module),
+        frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
+        update=make_update(module, loss, recipe.train, steps_per_epoch, compute_dtype),
+        export=lambda state: {name.removeprefix("decoder."): value for name, value in state["ema"].items()},
+    )
+
+
+def latent_noise(config: LatentNoiseConfig, seed: int, rows: Tensor, shape: torch.Size) -> Tensor:
+    """sigma * n for features of ``shape`` [B, C, h, w], one sigma an image; ``rows`` int32 [B]."""
+    if config.distribution == "half_normal":
+        sigma = normal(seed, Purpose.LATENT_NOISE_SCALE, rows).abs()
+    else:
+        sigma = uniform(seed, Purpose.LATENT_NOISE_SCALE, rows)
+    noise = normal(seed, Purpose.LATENT_NOISE, rows, tuple(shape[1:]))
+    return config.scale * sigma.reshape(-1, 1, 1, 1) * noise

@@ -1,0 +1,49 @@
+"""Classification, for the quickstart: it makes the representation encoder and the judge that pretrained weights are elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rae_xla.data.sources import open_source
+from rae_xla.data.transforms import to_unit
+from rae_xla.models.classifier import EncoderClassifier, create_classifier
+from rae_xla.models.functional import buffers_of
+from rae_xla.models.loading import initialised
+from rae_xla.recipe import ClassifierRecipe
+from rae_xla.training.loop import TrainingTask
+from rae_xla.training.optimizer import total_steps
+from rae_xla.training.update import initial_state, make_update
+
+
+def classifier_task(recipe: ClassifierRecipe, compute_dtype: torch.dtype) -> TrainingTask:
+    """Cross-entropy on the source's labels. What is exported of an encoder is the encoder without its head."""
+    images = open_source(recipe.data, "train")
+    module = initialised(lambda: create_classifier(recipe.model, images.num_classes), recipe.seed)
+    steps_per_epoch = len(images) / recipe.data.batch_size
+
+    def loss(model: Callable[..., Tensor], _: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = model(to_unit(batch["images"]))
+        labels = batch["labels"].long()
+        value = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        return value, {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+
+    def export(state: dict[str, Any]) -> dict[str, Tensor]:
+        if isinstance(module, EncoderClassifier):
+            prefix = "encoder."
+            return {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
+        return dict(state["ema"])
+
+    return TrainingTask(
+        name="encoder" if isinstance(module, EncoderClassifier) else "judge",
+        images=images,
+        num_steps=total_steps(recipe.train, steps_per_epoch),
+        state=initial_state(module),
+        frozen={"buffers": buffers_of(module)},
+        update=make_update(module, loss, recipe.train, steps_per_epoch, compute_dtype),
+        export=export,
+    )

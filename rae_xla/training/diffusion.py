@@ -1,0 +1,79 @@
+"""Diffusion training on latents (arXiv 2510.11690, sections 4 and 5): flow matching with the dimension-dependent shift."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rae_xla.data.sources import open_source
+from rae_xla.data.transforms import to_unit
+from rae_xla.flow.objective import flow_matching_loss, interpolate
+from rae_xla.flow.schedule import training_times
+from rae_xla.models.autoencoder import load_latent_encoder
+from rae_xla.models.dit_dh import DiTDH, DiTDHConfig
+from rae_xla.models.functional import buffers_of, call, tensors_of
+from rae_xla.models.loading import initialised
+from rae_xla.random import Purpose, normal, uniform
+from rae_xla.recipe import DiffusionRecipe
+from rae_xla.training.loop import TrainingTask
+from rae_xla.training.optimizer import total_steps
+from rae_xla.training.update import initial_state, make_update
+
+logger = logging.getLogger(__name__)
+
+
+def diffusion_task(recipe: DiffusionRecipe, compute_dtype: torch.dtype) -> TrainingTask:
+    """The frozen encoder is part of the step: images in, a velocity loss out."""
+    latent_shape = recipe.autoencoder.encoder.latent_shape
+    warn_if_narrow(recipe.model, latent_shape[0], "model")
+    images = open_source(recipe.data, "train")
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
+    module = initialised(lambda: create_dit_dh(recipe, recipe.model, images.num_classes), recipe.seed)
+    steps_per_epoch = len(images) / recipe.data.batch_size
+    shift = recipe.flow.shift_for(latent_shape)
+    logger.info("latents %s, time shift %.4f", list(latent_shape), shift)
+
+    def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = batch["positions"]
+        with torch.no_grad():
+            latents = call(encoder, frozen["encoder"], compute_dtype, to_unit(batch["images"]))
+            times = training_times(recipe.flow, shift, recipe.seed, rows)
+            noise = normal(recipe.seed, Purpose.FLOW_NOISE, rows, latent_shape)
+            dropped = uniform(recipe.seed, Purpose.LABEL_DROPOUT, rows) < recipe.flow.label_dropout
+            labels = torch.where(dropped, module.num_classes, batch["labels"])
+        predicted = model(interpolate(latents, noise, times), times, labels)
+        return flow_matching_loss(predicted, latents, noise).mean(), {}
+
+    return TrainingTask(
+        name="diffusion",
+        images=images,
+        num_steps=total_steps(recipe.train, steps_per_epoch),
+        state=initial_state(module),
+        frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
+        update=make_update(module, loss, recipe.train, steps_per_epoch, compute_dtype),
+        export=lambda state: {**module.state_dict(), **state["ema"]},
+    )
+
+
+def create_dit_dh(recipe: DiffusionRecipe, config: DiTDHConfig, num_classes: int) -> DiTDH:
+    """A DiT^DH for the latents of this recipe."""
+    channels, grid, _ = recipe.autoencoder.encoder.latent_shape
+    return DiTDH(config, channels=channels, grid=grid, num_classes=num_classes)
+
+
+def warn_if_narrow(config: DiTDHConfig, channels: int, key: str) -> None:
+    """Theorem 1: a width below the token width puts a floor under the loss."""
+    if config.head_width < channels:
+        logger.warning(
+            "%s.head_width: %d is below the token width %d; by Theorem 1 of the RAE paper the loss cannot then fall below "
+            "the sum of the smallest %d eigenvalues of Cov(eps - x); use %d or more",
+            key,
+            config.head_width,
+            channels,
+            channels - config.head_width,
+            channels,
+        )

@@ -1,0 +1,102 @@
+"""The training loop, the same for every task: resume, step, log, checkpoint, export."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from rae_xla import __version__, storage
+from rae_xla.data.loader import TrainingBatches
+from rae_xla.data.sources import DataConfig, ImageSet
+from rae_xla.runtime import Runtime
+from rae_xla.training import checkpoint
+from rae_xla.training.checkpoint import CheckpointConfig
+from rae_xla.training.metrics import LogConfig, MetricsLog
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTask:
+    """What a task gives the loop; tensors are on the host."""
+
+    name: str
+    images: ImageSet
+    num_steps: int
+    state: dict[str, Any]
+    frozen: dict[str, Any]
+    update: Callable[[Any, Any, Any], tuple[Any, Any]]
+    export: Callable[[dict[str, Any]], dict[str, Tensor]]
+    """EMA weights and whatever else the model needs, from a state on the host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The parts of a recipe that the loop reads."""
+
+    run_dir: str
+    seed: int
+    data: DataConfig
+    log: LogConfig
+    checkpoint: CheckpointConfig
+
+
+def run_training(task: TrainingTask, config: LoopConfig, runtime: Runtime) -> dict[str, Any]:
+    """Train to the end, from the newest complete checkpoint if there is one. Returns the report of the run."""
+    started = time.perf_counter()
+    directory = storage.join(config.run_dir, "checkpoints")
+    done = checkpoint.complete_steps(directory)
+    start = done[-1] if done else 0
+    state = checkpoint.load(directory, start, task.state) if done else task.state
+    if done:
+        logger.info("%s: resuming from step %d", task.name, start)
+
+    state, frozen = runtime.place_state(state), runtime.place_state(task.frozen)
+    update = runtime.compile(task.update, task.name)
+    batches = TrainingBatches(task.images, config.data, config.seed, runtime.process_index, runtime.num_processes)
+    log = MetricsLog(
+        storage.join(config.run_dir, "metrics.jsonl"),
+        runtime,
+        name=task.name,
+        start=start,
+        num_steps=task.num_steps,
+        batch_size=config.data.batch_size,
+        every_steps=config.log.every_steps,
+    )
+    for step in range(start + 1, task.num_steps + 1):
+        state, metrics = update(state, frozen, runtime.place_batch(batches.batch(step - 1)))
+        log.add(step, metrics)
+        if step % config.checkpoint.every_steps == 0 or step == task.num_steps:
+            log.flush()
+            _save(directory, step, state, config.checkpoint.keep, runtime)
+    log.close()
+
+    weights = task.export(runtime.to_host(state))
+    report = {
+        "task": task.name,
+        "steps": task.num_steps,
+        "images": task.num_steps * config.data.batch_size,
+        "last": log.last,
+        "parameters": sum(value.numel() for value in state["parameters"].values()),
+        "compile_seconds": update.compile_seconds,
+        "seconds": round(time.perf_counter() - started, 2),
+        "runtime": runtime.describe(),
+    }
+    if runtime.process_index == 0:
+        metadata = {"task": task.name, "step": str(task.num_steps), "kind": "ema", "rae_xla": __version__}
+        storage.write_tensors(storage.join(config.run_dir, WEIGHTS_FILE), weights, metadata)
+        storage.write_json(storage.join(config.run_dir, "report.json"), report)
+    return report
+
+
+def _save(directory: str, step: int, state: Any, keep: int, runtime: Runtime) -> None:
+    on_host = runtime.to_host(state)
+    if runtime.process_index == 0:
+        checkpoint.save(directory, step, on_host, keep)

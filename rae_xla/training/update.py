@@ -1,0 +1,65 @@
+"""One update of any model here: loss, gradients, clipping, AdamW, EMA, as a pure function for `Runtime.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rae_xla.models.functional import Tensors, call, parameters_of
+from rae_xla.training.ema import update_ema
+from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
+
+Loss = Callable[[Callable[..., Tensor], Any, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""(model, frozen, batch) -> (scalar loss, metrics); ``model`` is called like the module."""
+
+
+def initial_state(module: nn.Module) -> dict[str, Any]:
+    """Parameters, EMA, AdamW moments and the step counter, on the host."""
+    parameters = parameters_of(module)
+    return {
+        "parameters": parameters,
+        "ema": {name: value.clone() for name, value in parameters.items()},
+        "first_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
+        "second_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
+        "step": torch.zeros((), dtype=torch.int32),
+    }
+
+
+def make_update(
+    module: nn.Module, loss: Loss, config: OptimizerConfig, steps_per_epoch: float, compute_dtype: torch.dtype
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """``(state, frozen, batch) -> (state, metrics)``.
+
+    ``module`` gives the architecture only; its values come from ``state`` and its buffers from ``frozen["buffers"]``.
+    Parameters, gradients, moments and EMA are float32; the model computes in ``compute_dtype``.
+    """
+
+    def update(state: dict[str, Any], frozen: dict[str, Any], batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensors]:
+        leaves = {name: value.detach().requires_grad_() for name, value in state["parameters"].items()}
+
+        def model(*arguments: Tensor) -> Tensor:
+            return call(module, {**frozen["buffers"], **leaves}, compute_dtype, *arguments)
+
+        with torch.enable_grad():
+            value, metrics = loss(model, frozen, batch)
+        gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        with torch.no_grad():
+            gradients, norm = clip_by_global_norm(gradients, config.clip_norm)
+            rate = learning_rate_at(state["step"], config, steps_per_epoch)
+            parameters, first, second = adamw(
+                state["parameters"], gradients, state["first_moments"], state["second_moments"], state["step"], rate, config
+            )
+            new_state = {
+                "parameters": parameters,
+                "ema": update_ema(state["ema"], parameters, config.ema_decay),
+                "first_moments": first,
+                "second_moments": second,
+                "step": state["step"] + 1,
+            }
+        metrics = {"loss": value, **metrics, "gradient_norm": norm, "learning_rate": rate}
+        return new_state, {name: metric.detach() for name, metric in metrics.items()}
+
+    return update

@@ -1,0 +1,85 @@
+"""The XLA runtime: SPMD over a mesh of all devices, one process a host. TPU, or CPU with ``PJRT_DEVICE=CPU``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch_xla
+import torch_xla.backends
+import torch_xla.runtime as xr
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from rae_xla.runtime import MeshConfig, Precision, Tree, compute_dtype
+from rae_xla.xla.loop import device_loop
+from rae_xla.xla.mesh import Mesh
+from rae_xla.xla.step import CompiledStep
+
+logger = logging.getLogger(__name__)
+
+
+class XLARuntime:
+    """All devices of the slice as one mesh. Making one starts torch_xla, once per process."""
+
+    name = "xla"
+
+    def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+        xr.use_spmd()
+        self.num_devices = xr.global_runtime_device_count()
+        self.process_index = xr.process_index()
+        self.num_processes = xr.process_count()
+        self.precision = precision
+        self.compute_dtype = compute_dtype(precision)
+        self.loop = device_loop
+        self._mesh = Mesh(mesh.shape_for(self.num_devices))
+        self._device = torch_xla.device()
+        # A TPU multiplies float32 in bfloat16 unless told otherwise; global to the process, so set on every start.
+        torch_xla.backends.set_mat_mul_precision("highest" if precision == "fp32_highest" else "default")
+
+    def describe(self) -> dict[str, Any]:
+        """See `Runtime`."""
+        return {
+            "runtime": self.name,
+            "device": xr.device_type(),
+            "num_devices": self.num_devices,
+            "mesh": dict(zip(("data", "fsdp"), self._mesh.shape, strict=True)),
+            "precision": self.precision,
+            "torch": torch.__version__,
+            "torch_xla": torch_xla.__version__,
+        }
+
+    def place_state(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map_only(Tensor, lambda t: self._put(t, self._mesh.state_partition(t), per_process=False), tree)
+
+    def place_batch(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map_only(
+            Tensor, lambda t: self._put(t, self._mesh.batch_partition(t), per_process=self.num_processes > 1), tree
+        )
+
+    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
+        """See `Runtime`."""
+        return CompiledStep(function, name, self._keep_sharding)
+
+    def to_host(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map_only(Tensor, lambda tensor: tensor.cpu(), tree)
+
+    def _put(self, tensor: Tensor, partition: Any, *, per_process: bool) -> Tensor:
+        return self._mesh.put(tensor.detach(), partition, self._device, per_process=per_process)
+
+    def _keep_sharding(self, old: Tensor, new: Tensor) -> None:
+        assert old.shape == new.shape and old.dtype == new.dtype, f"a step changed {old.shape} to {new.shape}"
+        self._mesh.mark(new, self._mesh.state_partition(new))
+
+
+def use_virtual_cpu_devices() -> None:
+    """Without a TPU and without a choice in the environment, run on the CPU. Call before torch_xla starts."""
+    if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
+        os.environ["PJRT_DEVICE"] = "CPU"
+        logger.info("no TPU here: running on the CPU (PJRT_DEVICE=CPU)")
