@@ -123,7 +123,9 @@ def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
     task = content.get("task")
     known = tasks or tuple(RECIPES)
     if task not in known:
-        raise UserError(f"{path}: task: {task!r} does not fit this command; it takes a recipe with task {' or '.join(known)}")
+        raise UserError(
+            f"{path}: task: {task!r} does not fit this command; it takes a recipe with task {' or '.join(known)}"
+        )
     try:
         return RECIPES[str(task)].model_validate(content)
     except ValidationError as error:

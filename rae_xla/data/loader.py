@@ -42,7 +42,9 @@ class TrainingBatches:
         """The batch of this step."""
         everyone = np.arange(step * self._config.batch_size, (step + 1) * self._config.batch_size)
         positions = everyone[self._mine]
-        indices = np.array([self._permutation(position // len(self._images))[position % len(self._images)] for position in positions])
+        indices = np.array(
+            [self._permutation(position // len(self._images))[position % len(self._images)] for position in positions]
+        )
         wrapped = positions.astype(np.int64).astype(np.int32)
         images = shift_randomly(self._images.images[indices], self._config.random_shift_pixels, self._seed, wrapped)
         return {

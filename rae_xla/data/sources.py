@@ -60,7 +60,9 @@ def _digits(image_size: int, split: Split) -> ImageSet:
     train_images, heldout_images, train_labels, heldout_labels = parts
     images, labels = (train_images, train_labels) if split == "train" else (heldout_images, heldout_labels)
     grey = [Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)) for image in images]
-    enlarged = np.stack([np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC)) for image in grey])
+    enlarged = np.stack(
+        [np.asarray(image.resize((image_size, image_size), Image.Resampling.BICUBIC)) for image in grey]
+    )
     return ImageSet(images=np.repeat(enlarged[..., None], 3, axis=3), labels=labels.astype(np.int64), num_classes=10)
 
 

@@ -35,3 +35,8 @@ def nearest_neighbour_distances(images: np.ndarray, labels: np.ndarray) -> np.nd
         np.fill_diagonal(squared, np.inf)
         distances[members] = np.sqrt(squared.min(axis=1).clip(min=0.0) / rows.shape[1])
     return distances
+
+
+def identical_images(images: np.ndarray) -> int:
+    """How many of uint8 [n, ...] are an exact copy of an earlier one."""
+    return len(images) - len({image.tobytes() for image in images})

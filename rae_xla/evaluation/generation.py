@@ -6,15 +6,18 @@ image, and every class appears equally often.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from rae_xla import storage
+from rae_xla import __version__, storage
+from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_bytes
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
+from rae_xla.evaluation.files import contact_sheet, file_hash, write_png, write_samples
 from rae_xla.flow.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -29,7 +32,7 @@ from rae_xla.models.dit_dh import DiTDH
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import load_weights
 from rae_xla.random import Purpose, normal
-from rae_xla.recipe import DiffusionRecipe
+from rae_xla.recipe import DiffusionRecipe, save_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.loop import WEIGHTS_FILE
 
@@ -66,7 +69,7 @@ class Sampler:
         Raises:
             UserError: a label out of range.
         """
-        if len(labels) and not (0 <= labels.min() and labels.max() < self.num_classes):
+        if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise UserError(f"labels: must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
         frozen = {"model": tensors_of(self._model), "decoder": tensors_of(self._decoder)}
         if self._guide is not None:
@@ -132,3 +135,46 @@ class Sampler:
         if isinstance(guidance, AutoGuidance):
             return autoguidance(model, guide, guidance)
         return model
+
+
+def write_sample_set(
+    recipe: DiffusionRecipe,
+    runtime: Runtime,
+    directory: str,
+    *,
+    labels: list[int] | None,
+    num_images: int,
+    seed: int,
+) -> dict[str, Any]:
+    """``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json`` in ``directory``; returns the manifest.
+
+    ``labels``: one image for each; ``None``: ``num_images``, class-balanced.
+    """
+    started = time.perf_counter()
+    num_classes = open_source(recipe.data, "train").num_classes
+    sampler = Sampler(recipe, num_classes, runtime)
+    chosen = balanced_labels(num_images, num_classes) if labels is None else np.array(labels, dtype=np.int32)
+    images = sampler.sample(chosen, seed)
+    manifest = {
+        "num_images": len(images),
+        "label_mode": "balanced" if labels is None else "given",
+        "seed": seed,
+        **sampler.manifest(),
+        "weights": {name: {"path": path, "sha256": file_hash(path)} for name, path in sampler.weights_files().items()},
+        "rae_xla": __version__,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    if runtime.process_index == 0:
+        save_recipe(recipe, directory)
+        write_samples(storage.join(directory, "samples.npz"), images, chosen)
+        write_png(storage.join(directory, "contact_sheet.png"), class_sheet(images, chosen))
+        storage.write_json(storage.join(directory, "manifest.json"), manifest)
+    return manifest
+
+
+def class_sheet(images: np.ndarray, labels: np.ndarray, per_class: int = 10) -> np.ndarray:
+    """Contact sheet with a row for each class, the first images of each."""
+    rows = [images[np.flatnonzero(labels == label)[:per_class]] for label in np.unique(labels)]
+    blank = np.full_like(images[:1], 255)
+    padded = [np.concatenate([row, np.repeat(blank, per_class - len(row), axis=0)]) for row in rows]
+    return contact_sheet(np.concatenate(padded), per_class)

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rae_xla import storage
 from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.models.autoencoder import load_latent_encoder
 from rae_xla.models.functional import call, tensors_of
-from rae_xla.recipe import LatentStatsRecipe
+from rae_xla.recipe import LatentStatsRecipe, save_recipe
 from rae_xla.runtime import Runtime
 
 
@@ -57,7 +58,9 @@ def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tenso
 
     moments: Moments | None = None
     columns = {"images": images.images}
-    for output in map_batches(encode, tensors_of(encoder), columns, recipe.data.batch_size, runtime, "latent statistics"):
+    for output in map_batches(
+        encode, tensors_of(encoder), columns, recipe.data.batch_size, runtime, "latent statistics"
+    ):
         part = Moments.of(output["features"])
         moments = part if moments is None else moments.merge(part)
     assert moments is not None
@@ -65,3 +68,23 @@ def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tenso
         "mean": torch.from_numpy(moments.mean.astype(np.float32)),
         "variance": torch.from_numpy((moments.squares / moments.count).astype(np.float32)),
     }
+
+
+def write_latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Any]:
+    """`latent_stats` into ``latent_stats.safetensors`` of the run directory; returns what was found."""
+    stats = latent_stats(recipe, runtime)
+    run_dir = recipe.path(recipe.run_dir)
+    path = storage.join(run_dir, "latent_stats.safetensors")
+    report = {
+        "task": "latent_stats",
+        "path": path,
+        "shape": list(stats["mean"].shape),
+        "average_mean": float(stats["mean"].mean()),
+        "average_variance": float(stats["variance"].mean()),
+        "runtime": runtime.describe(),
+    }
+    if runtime.process_index == 0:
+        save_recipe(recipe, run_dir)
+        storage.write_tensors(path, stats)
+        storage.write_json(storage.join(run_dir, "report.json"), report)
+    return report

@@ -1,7 +1,7 @@
-"""Scores of reconstructions and samples, in the features of an independent classifier: the judge.
+"""Scores of reconstructions and samples; samples are seen with the eyes of an independent classifier, the judge.
 
-These are not FID: that name belongs to Inception features and ADM's references. The Fréchet distance here is in the
-judge's hidden layer, against the held-out split, and its name says so.
+These are not FID: that name belongs to Inception features and ADM's references. The Fréchet distance here is taken in
+the judge's hidden layer, against the held-out split, and its name says so.
 """
 
 from __future__ import annotations
@@ -16,57 +16,123 @@ from rae_xla.data.sources import ImageSet, open_source
 from rae_xla.data.transforms import to_bytes, to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
-from rae_xla.evaluation.distances import frechet_distance, nearest_neighbour_distances
+from rae_xla.evaluation.distances import (
+    frechet_distance,
+    identical_images,
+    nearest_neighbour_distances,
+)
+from rae_xla.evaluation.files import contact_sheet, read_samples, write_png
 from rae_xla.models.autoencoder import load_latent_decoder, load_latent_encoder
-from rae_xla.models.classifier import ConvNet, JudgeOutputs
+from rae_xla.models.classifier import ConvNet
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import load_weights
-from rae_xla.recipe import EvaluationRecipe
+from rae_xla.recipe import EvaluationRecipe, save_recipe
 from rae_xla.runtime import Runtime
-
-LARGEST_LEVEL = 255.0
 
 
 class Judge:
-    """The independent classifier: what it sees in images, and the held-out images it compares with."""
+    """The independent classifier, and the held-out images that samples are compared with."""
 
     def __init__(self, recipe: EvaluationRecipe, runtime: Runtime) -> None:
         self._recipe = recipe
         self._runtime = runtime
         self.heldout: ImageSet = open_source(recipe.data, "heldout")
-        self._module = JudgeOutputs(ConvNet(recipe.judge, self.heldout.num_classes))
+        self._network = ConvNet(recipe.judge, self.heldout.num_classes)
         if recipe.judge.weights is None:
             raise UserError("judge.weights: required here; train the judge and give its safetensors file")
-        load_weights(self._module.classifier, recipe.path(recipe.judge.weights), "judge.weights")
-        self._heldout_view = self.look(self.heldout.images)
+        load_weights(self._network, recipe.path(recipe.judge.weights), "judge.weights")
 
     def look(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [n, H, W, 3] -> (features float32 [n, F], predicted labels [n])."""
+        """uint8 [n, H, W, 3] -> (features float32 [n, F], predicted labels int64 [n])."""
+        trunk, head = self._network.trunk, self._network.head
+        dtype = self._runtime.compute_dtype
 
         def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            both = call(self._module, frozen, self._runtime.compute_dtype, to_unit(batch["images"]))
-            return {"both": both}
+            features = call(trunk, frozen["trunk"], dtype, to_unit(batch["images"]))
+            logits = call(head, frozen["head"], dtype, features.to(dtype))
+            return {"features": features, "predicted": logits.argmax(dim=1)}
 
-        size = self._recipe.data.batch_size
-        parts = map_batches(view, tensors_of(self._module), {"images": images}, size, self._runtime, "judging")
-        both = np.concatenate([part["both"] for part in parts])
-        split = self._recipe.judge.feature_width
-        return both[:, :split], both[:, split:].argmax(axis=1)
-
-    def heldout_accuracy(self) -> float:
-        """Share of real held-out images that the judge recognises."""
-        return float((self._heldout_view[1] == self.heldout.labels).mean())
+        frozen = {"trunk": tensors_of(trunk), "head": tensors_of(head)}
+        parts = list(
+            map_batches(view, frozen, {"images": images}, self._recipe.data.batch_size, self._runtime, "judging")
+        )
+        return np.concatenate([p["features"] for p in parts]), np.concatenate([p["predicted"] for p in parts])
 
     def score_samples(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
-        """Recognition, Fréchet distance in the judge's features, and diversity inside a class."""
-        features, predicted = self.look(images)
-        generated = nearest_neighbour_distances(images, labels)
-        real = nearest_neighbour_distances(*_same_number_per_class(self.heldout))
+        """How many samples the judge recognises, how far they are from real ones, and how they differ from each other.
+
+        ``neighbour_distance`` and ``real_neighbour_distance`` are means over as many images of each class, since a
+        larger set has nearer neighbours.
+
+        Raises:
+            UserError: the images are not uint8 [n, S, S, 3] of the recipe's size.
+        """
+        size = self.heldout.images.shape[1:]
+        if images.dtype != np.uint8 or images.shape[1:] != size:
+            found = f"{images.dtype} {list(images.shape)}"
+            raise UserError(f"samples: arr_0 is {found}, should be uint8 [n, {', '.join(map(str, size))}]")
+        both, predicted = self.look(np.concatenate([images, self.heldout.images]))
+        num = len(images)
+        kept, kept_real = matched_classes(labels, self.heldout.labels)
+        real = nearest_neighbour_distances(self.heldout.images[kept_real], self.heldout.labels[kept_real])
         return {
-            "num_samples": len(images),
-            "recognised_share": float((predicted == labels).mean()),
-            "judge_frechet_distance": frechet_distance(features, self._heldout_view[0]),
-            "identical_pairs": _identical(images, labels),
-            "neighbour_distance": float(_per_class(generated, labels, images, self.heldout)),
+            "num_samples": num,
+            "recognised_share": float((predicted[:num] == labels).mean()),
+            "judge_heldout_accuracy": float((predicted[num:] == self.heldout.labels).mean()),
+            "judge_frechet_distance": frechet_distance(both[:num], both[num:]),
+            "identical_images": identical_images(images),
+            "neighbour_distance": float(nearest_neighbour_distances(images[kept], labels[kept]).mean()),
             "real_neighbour_distance": float(real.mean()),
         }
+
+
+def matched_classes(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices into two label arrays: of every class, the first images of each, equally many of both."""
+    kept: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for label in np.unique(first):
+        members = [np.flatnonzero(labels == label) for labels in (first, second)]
+        number = min(len(members[0]), len(members[1]))
+        for indices, of_class in zip(kept, members, strict=True):
+            indices.append(of_class[:number])
+    return np.concatenate(kept[0]), np.concatenate(kept[1])
+
+
+def reconstruct_heldout(recipe: EvaluationRecipe, runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
+    """(originals, reconstructions), uint8 [n, H, W, 3]: the held-out split through encoder and decoder."""
+    heldout = open_source(recipe.data, "heldout")
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
+    decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
+
+    def reconstruct(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents = call(encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]))
+        return {"images": to_bytes(call(decoder, frozen["decoder"], runtime.compute_dtype, latents))}
+
+    frozen = {"encoder": tensors_of(encoder), "decoder": tensors_of(decoder)}
+    columns = {"images": heldout.images}
+    parts = map_batches(reconstruct, frozen, columns, recipe.data.batch_size, runtime, "reconstructing")
+    return heldout.images, np.concatenate([part["images"] for part in parts])
+
+
+def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> float:
+    """Mean over images of the peak signal-to-noise ratio in dB; uint8 [n, H, W, 3] each."""
+    difference = (originals.astype(np.float64) - reconstructions) / 255.0
+    errors = np.square(difference).reshape(len(originals), -1).mean(axis=1)
+    return float((-10.0 * np.log10(np.maximum(errors, 1e-10))).mean())
+
+
+def evaluate_generation(recipe: EvaluationRecipe, runtime: Runtime, samples: str) -> dict[str, Any]:
+    """Scores of a sample file."""
+    images, labels = read_samples(samples)
+    return Judge(recipe, runtime).score_samples(images, labels)
+
+
+def evaluate_reconstruction(recipe: EvaluationRecipe, runtime: Runtime, num_shown: int = 40) -> dict[str, Any]:
+    """PSNR on the held-out split; writes ``reconstructions.png``, each image above its reconstruction."""
+    originals, reconstructions = reconstruct_heldout(recipe, runtime)
+    run_dir = recipe.path(recipe.run_dir)
+    if runtime.process_index == 0:
+        columns = num_shown // 2
+        pairs = [part[row : row + columns] for row in (0, columns) for part in (originals, reconstructions)]
+        save_recipe(recipe, run_dir)
+        write_png(storage.join(run_dir, "reconstructions.png"), contact_sheet(np.concatenate(pairs), columns))
+    return {"psnr": psnr(originals, reconstructions), "num_images": len(originals)}

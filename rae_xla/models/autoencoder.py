@@ -120,5 +120,7 @@ def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> No
     for name in ("mean", "variance"):
         if name not in stats or list(stats[name].shape) != shape:
             got = list(stats[name].shape) if name in stats else "missing"
-            raise UserError(f"{key}: {path}: {name} is {got}, should be {shape}; run tools/latent_stats.py for this encoder")
+            raise UserError(
+                f"{key}: {path}: {name} is {got}, should be {shape}; run tools/latent_stats.py for this encoder"
+            )
     module.set_stats(stats["mean"].float(), stats["variance"].float())

@@ -38,10 +38,10 @@ class EncoderClassifier(nn.Module):
         return self.head(self.encoder(images).mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
 
 
-class ConvNet(nn.Module):
-    """Three strided convolutions, a hidden layer whose output serves as features, a linear head."""
+class ConvTrunk(nn.Module):
+    """Three strided convolutions and a hidden layer, whose output serves as features."""
 
-    def __init__(self, config: ConvNetConfig, num_classes: int) -> None:
+    def __init__(self, config: ConvNetConfig) -> None:
         super().__init__()
         width = config.width
         self.convolutions = nn.Sequential(
@@ -53,15 +53,24 @@ class ConvNet(nn.Module):
             nn.GELU(),
         )
         self.hidden = nn.Linear(2 * width * (config.image_size // 8) ** 2, config.feature_width)
-        self.head = nn.Linear(config.feature_width, num_classes)
 
-    def features(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] in [0, 1] -> [B, feature_width]."""
-        return functional.gelu(self.hidden(self.convolutions((images * 2 - 1).to(self.hidden.weight.dtype)).flatten(1)))
+    def forward(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in [0, 1] -> float32 [B, feature_width]."""
+        pixels = (images * 2 - 1).to(self.hidden.weight.dtype)
+        return functional.gelu(self.hidden(self.convolutions(pixels).flatten(1))).float()
+
+
+class ConvNet(nn.Module):
+    """A plain convolutional classifier: `ConvTrunk` and a linear head."""
+
+    def __init__(self, config: ConvNetConfig, num_classes: int) -> None:
+        super().__init__()
+        self.trunk = ConvTrunk(config)
+        self.head = nn.Linear(config.feature_width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, K]."""
-        return self.head(self.features(images)).float()
+        return self.head(self.trunk(images).to(self.head.weight.dtype)).float()
 
 
 def create_classifier(config: EncoderConfig | ConvNetConfig, num_classes: int) -> EncoderClassifier | ConvNet:

@@ -191,10 +191,6 @@ class LabelEmbedder(nn.Module):
         super().__init__()
         self.table = nn.Embedding(num_classes + 1, width)
 
-    def init_weights(self) -> None:
-        """Standard deviation 0.02."""
-        nn.init.normal_(self.table.weight, std=0.02)
-
     def forward(self, labels: Tensor) -> Tensor:
         """int labels [B] in 0..num_classes -> [B, D]."""
         return self.table(labels)

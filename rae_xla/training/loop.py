@@ -12,11 +12,11 @@ from torch import Tensor
 
 from rae_xla import __version__, storage
 from rae_xla.data.loader import TrainingBatches
-from rae_xla.data.sources import DataConfig, ImageSet
+from rae_xla.data.sources import ImageSet
+from rae_xla.recipe import TrainingRecipe, save_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
-from rae_xla.training.checkpoint import CheckpointConfig
-from rae_xla.training.metrics import LogConfig, MetricsLog
+from rae_xla.training.metrics import MetricsLog
 
 logger = logging.getLogger(__name__)
 
@@ -37,21 +37,13 @@ class TrainingTask:
     """EMA weights and whatever else the model needs, from a state on the host."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """The parts of a recipe that the loop reads."""
-
-    run_dir: str
-    seed: int
-    data: DataConfig
-    log: LogConfig
-    checkpoint: CheckpointConfig
-
-
-def run_training(task: TrainingTask, config: LoopConfig, runtime: Runtime) -> dict[str, Any]:
+def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
     """Train to the end, from the newest complete checkpoint if there is one. Returns the report of the run."""
     started = time.perf_counter()
-    directory = storage.join(config.run_dir, "checkpoints")
+    run_dir = recipe.path(recipe.run_dir)
+    directory = storage.join(run_dir, "checkpoints")
+    if runtime.process_index == 0:
+        save_recipe(recipe, run_dir)
     done = checkpoint.complete_steps(directory)
     start = done[-1] if done else 0
     state = checkpoint.load(directory, start, task.state) if done else task.state
@@ -60,29 +52,29 @@ def run_training(task: TrainingTask, config: LoopConfig, runtime: Runtime) -> di
 
     state, frozen = runtime.place_state(state), runtime.place_state(task.frozen)
     update = runtime.compile(task.update, task.name)
-    batches = TrainingBatches(task.images, config.data, config.seed, runtime.process_index, runtime.num_processes)
+    batches = TrainingBatches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
     log = MetricsLog(
-        storage.join(config.run_dir, "metrics.jsonl"),
+        storage.join(run_dir, "metrics.jsonl"),
         runtime,
         name=task.name,
         start=start,
         num_steps=task.num_steps,
-        batch_size=config.data.batch_size,
-        every_steps=config.log.every_steps,
+        batch_size=recipe.data.batch_size,
+        every_steps=recipe.log.every_steps,
     )
     for step in range(start + 1, task.num_steps + 1):
         state, metrics = update(state, frozen, runtime.place_batch(batches.batch(step - 1)))
         log.add(step, metrics)
-        if step % config.checkpoint.every_steps == 0 or step == task.num_steps:
+        if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
             log.flush()
-            _save(directory, step, state, config.checkpoint.keep, runtime)
+            _save(directory, step, state, recipe.checkpoint.keep, runtime)
     log.close()
 
     weights = task.export(runtime.to_host(state))
     report = {
         "task": task.name,
         "steps": task.num_steps,
-        "images": task.num_steps * config.data.batch_size,
+        "images": task.num_steps * recipe.data.batch_size,
         "last": log.last,
         "parameters": sum(value.numel() for value in state["parameters"].values()),
         "compile_seconds": update.compile_seconds,
@@ -91,8 +83,8 @@ def run_training(task: TrainingTask, config: LoopConfig, runtime: Runtime) -> di
     }
     if runtime.process_index == 0:
         metadata = {"task": task.name, "step": str(task.num_steps), "kind": "ema", "rae_xla": __version__}
-        storage.write_tensors(storage.join(config.run_dir, WEIGHTS_FILE), weights, metadata)
-        storage.write_json(storage.join(config.run_dir, "report.json"), report)
+        storage.write_tensors(storage.join(run_dir, WEIGHTS_FILE), weights, metadata)
+        storage.write_json(storage.join(run_dir, "report.json"), report)
     return report
 
 

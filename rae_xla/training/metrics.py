@@ -30,7 +30,9 @@ class LogConfig(Config):
 class MetricsLog:
     """Collects metrics of steps ``start .. num_steps`` and writes those that fall on ``every_steps``, and the first."""
 
-    def __init__(self, path: str, runtime: Runtime, *, name: str, start: int, num_steps: int, batch_size: int, every_steps: int) -> None:
+    def __init__(
+        self, path: str, runtime: Runtime, *, name: str, start: int, num_steps: int, batch_size: int, every_steps: int
+    ) -> None:
         self._path = path
         self._runtime = runtime
         self._batch_size = batch_size

@@ -69,7 +69,13 @@ def clip_by_global_norm(gradients: Tensors, largest: float | None) -> tuple[Tens
 
 
 def adamw(
-    parameters: Tensors, gradients: Tensors, first: Tensors, second: Tensors, step: Tensor, rate: Tensor, config: OptimizerConfig
+    parameters: Tensors,
+    gradients: Tensors,
+    first: Tensors,
+    second: Tensors,
+    step: Tensor,
+    rate: Tensor,
+    config: OptimizerConfig,
 ) -> tuple[Tensors, Tensors, Tensors]:
     """One AdamW update (arXiv 1711.05101): new parameters, first and second moments. ``step`` counts from zero."""
     beta1, beta2 = config.betas

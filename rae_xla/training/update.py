@@ -37,7 +37,9 @@ def make_update(
     Parameters, gradients, moments and EMA are float32; the model computes in ``compute_dtype``.
     """
 
-    def update(state: dict[str, Any], frozen: dict[str, Any], batch: dict[str, Tensor]) -> tuple[dict[str, Any], Tensors]:
+    def update(
+        state: dict[str, Any], frozen: dict[str, Any], batch: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], Tensors]:
         leaves = {name: value.detach().requires_grad_() for name, value in state["parameters"].items()}
 
         def model(*arguments: Tensor) -> Tensor:
@@ -50,7 +52,13 @@ def make_update(
             gradients, norm = clip_by_global_norm(gradients, config.clip_norm)
             rate = learning_rate_at(state["step"], config, steps_per_epoch)
             parameters, first, second = adamw(
-                state["parameters"], gradients, state["first_moments"], state["second_moments"], state["step"], rate, config
+                state["parameters"],
+                gradients,
+                state["first_moments"],
+                state["second_moments"],
+                state["step"],
+                rate,
+                config,
             )
             new_state = {
                 "parameters": parameters,

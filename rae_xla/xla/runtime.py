@@ -21,6 +21,8 @@ from rae_xla.xla.step import CompiledStep
 
 logger = logging.getLogger(__name__)
 
+TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
+
 
 class XLARuntime:
     """All devices of the slice as one mesh. Making one starts torch_xla, once per process."""
@@ -28,6 +30,9 @@ class XLARuntime:
     name = "xla"
 
     def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+        if "PJRT_DEVICE" not in os.environ and not any(os.path.exists(file) for file in TPU_DEVICE_FILES):
+            logger.info("no TPU here: running on the CPU; CPU_NUM_DEVICES=8 makes eight virtual devices of it")
+            os.environ["PJRT_DEVICE"] = "CPU"
         xr.use_spmd()
         self.num_devices = xr.global_runtime_device_count()
         self.process_index = xr.process_index()
@@ -76,10 +81,3 @@ class XLARuntime:
     def _keep_sharding(self, old: Tensor, new: Tensor) -> None:
         assert old.shape == new.shape and old.dtype == new.dtype, f"a step changed {old.shape} to {new.shape}"
         self._mesh.mark(new, self._mesh.state_partition(new))
-
-
-def use_virtual_cpu_devices() -> None:
-    """Without a TPU and without a choice in the environment, run on the CPU. Call before torch_xla starts."""
-    if "PJRT_DEVICE" not in os.environ and not os.path.exists("/dev/accel0") and not os.path.exists("/dev/vfio/0"):
-        os.environ["PJRT_DEVICE"] = "CPU"
-        logger.info("no TPU here: running on the CPU (PJRT_DEVICE=CPU)")

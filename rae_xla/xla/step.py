@@ -56,7 +56,9 @@ class CompiledStep:
             compiled_before = _compilations()
             results = self._replay(*tensors)
             if _compilations() != compiled_before:
-                raise RuntimeError(f"{self.name}: compiled again after the first step; the sharding of an input changed")
+                raise RuntimeError(
+                    f"{self.name}: compiled again after the first step; the sharding of an input changed"
+                )
         return tree_unflatten([results] if isinstance(results, Tensor) else list(results), self._output_spec)
 
     def _trace(self, state: Any, frozen: Any, batch: Any, tensors: list[Tensor], input_spec: Any) -> None:

@@ -1,0 +1,29 @@
+"""From a recipe to a finished run: the one place that knows which task trains what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rae_xla.recipe import AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, TrainingRecipe
+from rae_xla.runtime import Runtime, check_batch_size
+from rae_xla.training.autoencoder import autoencoder_task
+from rae_xla.training.classifier import classifier_task
+from rae_xla.training.diffusion import diffusion_task
+from rae_xla.training.loop import TrainingTask, run_training
+
+TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
+
+
+def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
+    """Run a training recipe to its end and return its report; every input is checked before anything is written."""
+    check_batch_size(recipe.data.batch_size, runtime, "data.batch_size")
+    return run_training(_task(recipe, runtime), recipe, runtime)
+
+
+def _task(recipe: TrainingRecipe, runtime: Runtime) -> TrainingTask:
+    if isinstance(recipe, ClassifierRecipe):
+        return classifier_task(recipe, runtime.compute_dtype)
+    if isinstance(recipe, AutoencoderRecipe):
+        return autoencoder_task(recipe, runtime.compute_dtype)
+    assert isinstance(recipe, DiffusionRecipe), type(recipe)
+    return diffusion_task(recipe, runtime.compute_dtype)

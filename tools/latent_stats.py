@@ -1,0 +1,25 @@
+"""Exact mean and variance of the encoder's features at every position, over the training split.
+
+Writes latent_stats.safetensors (mean, variance) into the run directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rae_xla import cli
+
+
+def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns where the statistics are, and their averages."""
+    from rae_xla import runtime
+    from rae_xla.evaluation.latent_stats import write_latent_stats
+    from rae_xla.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides, "latent_stats")
+    return write_latent_stats(recipe, runtime.create(recipe.runtime, recipe.mesh, recipe.precision))
+
+
+if __name__ == "__main__":
+    cli.run(main, cli.parser(__doc__))

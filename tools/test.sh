@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Makes the environment with the test tools if needed, then: format, lint, types, tests. Arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+ensure_environment dev
+export PATH="$PWD/.venv/bin:$PATH"
+ruff format --check .
+ruff check .
+mypy
+python -m pytest "$@"
