@@ -57,10 +57,9 @@ class EagerRuntime:
 class EagerStep:
     """A function called as it is."""
 
-    compile_seconds = 0.0
-
     def __init__(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> None:
         self.name = name
+        self.compile_seconds: float | None = None
         self._function = function
 
     def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rae_xla import storage
 from rae_xla.config import Config, apply_overrides, describe_errors, read_yaml
@@ -72,6 +72,12 @@ class AutoencoderRecipe(TrainingRecipe):
     task: Literal["autoencoder"]
     autoencoder: AutoencoderConfig
     latent_noise: LatentNoiseConfig
+
+    @model_validator(mode="after")
+    def _raw_features(self) -> AutoencoderRecipe:
+        if self.autoencoder.latent_stats is not None:
+            raise ValueError("autoencoder.latent_stats must be null here: the decoder learns from raw features")
+        return self
 
 
 class LatentStatsRecipe(CommonRecipe):

@@ -53,6 +53,11 @@ def read_bytes(path: str) -> bytes:
         return bytes(file.read())
 
 
+def read_json(path: str) -> Any:
+    """The content of a JSON file."""
+    return json.loads(read_bytes(path))
+
+
 def write_bytes(path: str, content: bytes) -> None:
     """Write a whole file; directories are made. An object store writes atomically; a disk gets a file and a rename."""
     filesystem, inner = url_to_fs(path)

@@ -46,7 +46,7 @@ def open_source(config: DataConfig, split: Split) -> ImageSet:
 
 
 def _digits(image_size: int, split: Split) -> ImageSet:
-    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI, CC BY 4.0), enlarged by bicubic resampling.
+    """The 1,797 handwritten digits of 8x8 pixels that scikit-learn ships (UCI, CC BY 4.0), enlarged bicubically.
 
     The split is fixed: the same 20% of every class are held out whatever the recipe's seed.
     """

@@ -30,5 +30,5 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """On the device: [B, 3, H, W] -> uint8 [B, H, W, 3]; clamped to [0, 1], times 255, cut off as the released code does."""
+    """On the device: [B, 3, H, W] -> uint8 [B, H, W, 3]; clamped, times 255, truncated as released."""
     return (images.float().clamp(0.0, 1.0) * 255.0).to(torch.uint8).permute(0, 2, 3, 1)

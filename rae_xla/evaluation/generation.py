@@ -28,7 +28,7 @@ from rae_xla.flow.guidance import (
 from rae_xla.flow.sampler import euler
 from rae_xla.flow.schedule import sampling_times
 from rae_xla.models.autoencoder import load_latent_decoder
-from rae_xla.models.dit_dh import DiTDH
+from rae_xla.models.dit_dh import DiTDH, create_dit_dh
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import load_weights
 from rae_xla.random import Purpose, normal
@@ -55,12 +55,12 @@ class Sampler:
         self.latent_shape = recipe.autoencoder.encoder.latent_shape
         self.shift = recipe.flow.shift_for(self.latent_shape)
         self._decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
-        self._model = self._dit_dh(recipe.model)
+        self._model = create_dit_dh(recipe.model, self.latent_shape, num_classes)
         self.weights_path = storage.join(recipe.path(recipe.run_dir), WEIGHTS_FILE)
         load_weights(self._model, self.weights_path, "run_dir")
         self._guide: DiTDH | None = None
         if isinstance(recipe.guidance, AutoGuidance):
-            self._guide = self._dit_dh(recipe.guidance.model)
+            self._guide = create_dit_dh(recipe.guidance.model, self.latent_shape, num_classes)
             load_weights(self._guide, recipe.path(recipe.guidance.weights), "guidance.weights")
 
     def sample(self, labels: np.ndarray, seed: int) -> np.ndarray:
@@ -115,10 +115,6 @@ class Sampler:
         config = self._recipe.sampler
         return sampling_times(config.num_grid_points, self.shift, end_at_zero=config.end_at_zero)
 
-    def _dit_dh(self, config: Any) -> DiTDH:
-        channels, grid, _ = self.latent_shape
-        return DiTDH(config, channels=channels, grid=grid, num_classes=self.num_classes)
-
     def _call(self, module: Any, tensors: Any, *arguments: Tensor) -> Tensor:
         return call(module, tensors, self._runtime.compute_dtype, *arguments)
 
@@ -146,7 +142,7 @@ def write_sample_set(
     num_images: int,
     seed: int,
 ) -> dict[str, Any]:
-    """``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json`` in ``directory``; returns the manifest.
+    """Write ``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json``; returns the manifest.
 
     ``labels``: one image for each; ``None``: ``num_images``, class-balanced.
     """

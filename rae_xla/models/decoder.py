@@ -18,7 +18,7 @@ LAYER_NORM_EPS = 1e-12
 
 
 class DecoderConfig(Config):
-    """Sizes of a decoder. ``weights``: a safetensors file, relative to the recipe's ``root``."""
+    """Sizes of a decoder. ``weights``: a safetensors file, inside the recipe's ``root``."""
 
     patch_size: int
     width: int
@@ -46,7 +46,7 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The encoder's features to pixels, in the encoder's normalised pixel space (mean and deviation not yet put back)."""
+    """The encoder's features to pixels, in the encoder's normalised pixel space (mean and std not put back)."""
 
     positions: Tensor
 

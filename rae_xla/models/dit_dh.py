@@ -28,8 +28,8 @@ from rae_xla.models.layers import (
 class DiTDHConfig(Config):
     """Sizes of a DiT^DH: the backbone's, then the head's.
 
-    ``condition_init_std`` is the standard deviation that label vectors start with. Released: 0.02, which a long training
-    grows; a run of a thousand steps never hears its labels at that size.
+    ``condition_init_std`` is the standard deviation that label vectors start with. Released: 0.02, which a long
+    training grows; a run of a thousand steps never hears its labels at that size.
     """
 
     width: int
@@ -93,3 +93,9 @@ class DiTDH(nn.Module):
         for block in self.head:
             y = block(y, condition, self.head_rotary)
         return self.output(y, condition).float().transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def create_dit_dh(config: DiTDHConfig, latent_shape: tuple[int, int, int], num_classes: int) -> DiTDH:
+    """A DiT^DH for latents of this [C, h, w]."""
+    channels, grid, _ = latent_shape
+    return DiTDH(config, channels=channels, grid=grid, num_classes=num_classes)

@@ -7,7 +7,7 @@ Source: arXiv 2510.11690, section 3. Class and register tokens are dropped; the 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from rae_xla.config import Config
 
 
 class EncoderConfig(Config):
-    """Any vision transformer of timm by its sizes. ``weights``: a safetensors file, relative to the recipe's ``root``."""
+    """Any vision transformer of timm by its sizes. ``weights``: a safetensors file, inside the recipe's ``root``."""
 
     name: Literal["timm_vit"]
     input_size: int
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         if config.input_size % config.patch_size:
             raise ValueError(f"input_size {config.input_size} is not a multiple of patch_size {config.patch_size}")
         self.config = config
-        self.backbone = timm.create_model(
+        self.backbone: Any = timm.create_model(
             "vit_tiny_patch16_224",
             img_size=config.input_size,
             patch_size=config.patch_size,
@@ -75,6 +75,6 @@ class Encoder(nn.Module):
         size = (self.config.input_size, self.config.input_size)
         if images.shape[2:] != size:
             images = functional.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        pixels = ((images - self.pixel_mean) / self.pixel_std).to(self.backbone.patch_embed.proj.weight.dtype)
+        pixels = ((images - self.pixel_mean) / self.pixel_std).to(next(self.backbone.parameters()).dtype)
         tokens = self.backbone.forward_features(pixels)[:, self.backbone.num_prefix_tokens :]
         return tokens.float().transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))

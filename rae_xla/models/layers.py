@@ -51,6 +51,9 @@ class RotaryEmbedding2D(nn.Module):
     Channels are rotated in neighbouring pairs (2i, 2i + 1), theta 10,000, as in the released checkpoints.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, head_width: int, grid: int, theta: float = 10000.0) -> None:
         super().__init__()
         if head_width % 4:
@@ -174,14 +177,15 @@ class TimeEmbedder(nn.Module):
     def init_weights(self) -> None:
         """Frequencies from a standard normal; MLP weights with standard deviation 0.02."""
         nn.init.normal_(self.frequencies)
-        nn.init.normal_(self.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.mlp[2].weight, std=0.02)
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, t: Tensor) -> Tensor:
         """t float32 [B] in [0, 1] -> [B, D]. The angles are float32 whatever the weights are."""
         angles = t.float()[:, None] * self.frequencies.float() * (2 * math.pi)
         features = torch.cat([angles.sin(), angles.cos()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):

@@ -1,4 +1,4 @@
-"""Classification, for the quickstart: it makes the representation encoder and the judge that pretrained weights are elsewhere."""
+"""Classification, which only the quickstart needs: it has no pretrained encoder and no pretrained judge."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diffusion training on latents (arXiv 2510.11690, sections 4 and 5): flow matching with the dimension-dependent shift."""
+"""Diffusion training on latents (arXiv 2510.11690, sections 4 and 5): flow matching with the shift."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rae_xla.data.transforms import to_unit
 from rae_xla.flow.objective import flow_matching_loss, interpolate
 from rae_xla.flow.schedule import training_times
 from rae_xla.models.autoencoder import load_latent_encoder
-from rae_xla.models.dit_dh import DiTDH, DiTDHConfig
+from rae_xla.models.dit_dh import DiTDHConfig, create_dit_dh
 from rae_xla.models.functional import buffers_of, call, tensors_of
 from rae_xla.models.loading import initialised
 from rae_xla.random import Purpose, normal, uniform
@@ -32,7 +32,7 @@ def diffusion_task(recipe: DiffusionRecipe, compute_dtype: torch.dtype) -> Train
     warn_if_narrow(recipe.model, latent_shape[0], "model")
     images = open_source(recipe.data, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
-    module = initialised(lambda: create_dit_dh(recipe, recipe.model, images.num_classes), recipe.seed)
+    module = initialised(lambda: create_dit_dh(recipe.model, latent_shape, images.num_classes), recipe.seed)
     steps_per_epoch = len(images) / recipe.data.batch_size
     shift = recipe.flow.shift_for(latent_shape)
     logger.info("latents %s, time shift %.4f", list(latent_shape), shift)
@@ -59,18 +59,12 @@ def diffusion_task(recipe: DiffusionRecipe, compute_dtype: torch.dtype) -> Train
     )
 
 
-def create_dit_dh(recipe: DiffusionRecipe, config: DiTDHConfig, num_classes: int) -> DiTDH:
-    """A DiT^DH for the latents of this recipe."""
-    channels, grid, _ = recipe.autoencoder.encoder.latent_shape
-    return DiTDH(config, channels=channels, grid=grid, num_classes=num_classes)
-
-
 def warn_if_narrow(config: DiTDHConfig, channels: int, key: str) -> None:
     """Theorem 1: a width below the token width puts a floor under the loss."""
     if config.head_width < channels:
         logger.warning(
-            "%s.head_width: %d is below the token width %d; by Theorem 1 of the RAE paper the loss cannot then fall below "
-            "the sum of the smallest %d eigenvalues of Cov(eps - x); use %d or more",
+            "%s.head_width: %d is below the token width %d; by Theorem 1 of the RAE paper the loss cannot then fall "
+            "below the sum of the smallest %d eigenvalues of Cov(eps - x); use %d or more",
             key,
             config.head_width,
             channels,

@@ -47,6 +47,9 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     done = checkpoint.complete_steps(directory)
     start = done[-1] if done else 0
     state = checkpoint.load(directory, start, task.state) if done else task.state
+    if start >= task.num_steps and storage.exists(storage.join(run_dir, "report.json")):
+        logger.info("%s: already trained to step %d in %s", task.name, start, run_dir)
+        return storage.read_json(storage.join(run_dir, "report.json"))
     if done:
         logger.info("%s: resuming from step %d", task.name, start)
 

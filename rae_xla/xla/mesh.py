@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch_xla.core.xla_model as xm
@@ -38,7 +40,8 @@ class Mesh:
     def put(self, tensor: Tensor, partition: Partition, device: torch.device, *, per_process: bool) -> Tensor:
         """``tensor`` on the devices. ``per_process``: it is this process's part of a larger one."""
         spec = xs.ShardingSpec(self.devices, partition, minibatch=per_process)
-        return xm.send_cpu_data_to_device([tensor.contiguous()], device, input_sharding=spec)[0]
+        placed: Any = xm.send_cpu_data_to_device([tensor.contiguous()], device, input_sharding=spec)
+        return placed[0]
 
     def mark(self, tensor: Tensor, partition: Partition) -> None:
         """Tell the compiler where an intermediate or a result is to lie."""

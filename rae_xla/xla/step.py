@@ -66,10 +66,7 @@ class CompiledStep:
         torch_xla.sync()
         xm.wait_device_ops()
         paths, _ = tree_flatten_with_path((state, frozen, batch))
-        names = ["state", "frozen", "batch"]
-        self._inputs = [
-            (names[path[0].idx] + "".join(str(key) for key in path[1:]), t.shape, t.dtype) for path, t in paths
-        ]
+        self._inputs = [(_input_name(path), t.shape, t.dtype) for path, t in paths]
         num_state = len(tree_flatten(state)[0])
 
         def traced(*arguments: Tensor) -> list[Tensor]:
@@ -107,6 +104,10 @@ class _Traceable:
 
     def parameters(self) -> list[Tensor]:
         return []
+
+
+def _input_name(path: Any) -> str:
+    return ("state", "frozen", "batch")[path[0].idx] + "".join(str(key) for key in path[1:])
 
 
 def _compilations() -> int:

@@ -1,0 +1,75 @@
+"""The quickstart's steps in order, through the same functions as the tools, in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rae_xla import runtime, storage
+from rae_xla.errors import UserError
+from rae_xla.evaluation.generation import write_sample_set
+from rae_xla.evaluation.latent_stats import write_latent_stats
+from rae_xla.evaluation.scores import evaluate_generation, evaluate_reconstruction
+from rae_xla.recipe import load_recipe
+from rae_xla.report import write_report
+from rae_xla.training.tasks import train
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "quickstart"
+TRAININGS = ("encoder", "judge", "decoder", "guide", "diffusion")
+GUIDANCE = ("unguided", "classifier_free", "autoguidance")
+
+
+def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str, Any]:
+    """Everything, into ``root``; returns scores, seconds of each step and the report's path.
+
+    ``overrides`` are laid over every recipe, so they can only be keys that all recipes have.
+
+    Raises:
+        UserError: an override does not fit a recipe.
+    """
+    if num_images < 1:
+        raise UserError(f"--num-images: must be at least 1, got {num_images}")
+    laid_over = [*overrides, f"root={root}"]
+    names = (*TRAININGS, "latent_stats", *[f"sample_{mode}" for mode in GUIDANCE], "evaluation")
+    recipes = {name: load_recipe(str(RECIPES / f"{name}.yaml"), laid_over) for name in names}
+    common = recipes["diffusion"]
+    made = runtime.create(common.runtime, common.mesh, common.precision)
+    timings: dict[str, float] = {}
+
+    def timed(name: str, step: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = step(*arguments, **options)
+        timings[name] = round(time.perf_counter() - started, 2)
+        return result
+
+    for name in ("encoder", "judge", "decoder"):
+        timed(f"train {name}", train, recipes[name], made)
+    timed("latent statistics", write_latent_stats, recipes["latent_stats"], made)
+    for name in ("guide", "diffusion"):
+        timed(f"train {name}", train, recipes[name], made)
+    reconstruction = timed("reconstruct", evaluate_reconstruction, recipes["evaluation"], made)
+    scores = []
+    for mode in GUIDANCE:
+        recipe, directory = recipes[f"sample_{mode}"], storage.join(root, "samples", mode)
+        options = {"labels": None, "num_images": num_images, "seed": recipe.seed}
+        timed(f"sample {mode}", write_sample_set, recipe, made, directory, **options)
+        samples = storage.join(directory, "samples.npz")
+        scored = timed(f"score {mode}", evaluate_generation, recipes["evaluation"], made, samples)
+        scores.append({"mode": mode, **scored})
+    result = {"scores": scores, **reconstruction, "seconds": timings, "runtime": made.describe()}
+    if made.process_index == 0:
+        result["report"] = write_report(
+            root,
+            title="rae_xla quickstart",
+            summary=f"Handwritten digits, {num_images} samples for each guidance, runtime {made.describe()}.",
+            scores=scores,
+            psnr=reconstruction["psnr"],
+            sheets={mode: storage.join(root, "samples", mode, "contact_sheet.png") for mode in GUIDANCE},
+            reconstructions=storage.join(root, "evaluation", "reconstructions.png"),
+            metrics={name: storage.join(root, name, "metrics.jsonl") for name in TRAININGS},
+            timings=timings,
+        )
+        storage.write_json(storage.join(root, "report.json"), result)
+    return result

@@ -1,0 +1,45 @@
+"""Shared fixtures. One process has one set of devices, so tests that need eight run the tools in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("PJRT_DEVICE", "CPU")
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT.parent / "shared" / "golden"
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python process in the project's root."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def eight_device_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The whole quickstart, shortened, on eight virtual devices; (its root, what it printed)."""
+    root = tmp_path_factory.mktemp("eight")
+    done = run_python("tests/short_quickstart.py", str(root), CPU_NUM_DEVICES="8", PJRT_DEVICE="CPU")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root, done.stdout
+
+
+@pytest.fixture(scope="session")
+def one_device_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on one device."""
+    root = tmp_path_factory.mktemp("one")
+    done = run_python("tests/short_quickstart.py", str(root), CPU_NUM_DEVICES="1", PJRT_DEVICE="CPU")
+    assert done.returncode == 0, done.stderr[-4000:]
+    return root
