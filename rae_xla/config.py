@@ -89,7 +89,7 @@ def _describe(finding: Any, model: type[BaseModel]) -> str:
     if finding["type"] == "missing":
         return f"{key}: required key is missing"
     if finding["type"] == "float_type" and isinstance(value, str) and _is_number(value):
-        return f"{key}: YAML reads {value} as text; write {float(value):.6e} with a dot before the e"
+        return f"{key}: YAML reads {value} as text; write {_dotted(float(value))} with a dot before the e"
     if finding["type"] == "value_error":
         return f"{key}: {finding['ctx']['error']}"
     return f"{key}: {finding['msg'][0].lower()}{finding['msg'][1:]}, got {value!r}"
@@ -118,6 +118,12 @@ def _config_class(annotation: Any) -> Any:
         return annotation
     candidates = [_config_class(argument) for argument in getattr(annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _dotted(value: float) -> str:
+    mantissa, exponent = f"{value:.6e}".split("e")
+    mantissa = mantissa.rstrip("0")
+    return f"{mantissa}0e{exponent}" if mantissa.endswith(".") else f"{mantissa}e{exponent}"
 
 
 def _is_number(text: str) -> bool:

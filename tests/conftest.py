@@ -1,4 +1,4 @@
-"""Shared fixtures. One process has one set of devices, so tests that need eight run the tools in a process of their own."""
+"""Shared fixtures. A process has one set of devices, so tests that need eight have a process of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parity with the released code at tiny sizes. The golden cases lie beside the project; without them nothing runs here."""
+"""Parity with the released code at tiny sizes; needs the golden cases that lie beside the project."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import numpy as np
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """Squared Wasserstein-2 distance between Gaussians fitted to the rows of two [n, d] arrays.
 
-    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), covariances over n - 1. With S1 = A A', the last trace is that
-    of the square root of the symmetric A' S2 A, which stays real where the covariances are singular.
+    |mu1 - mu2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2)), covariances over n - 1. With S1 = A A', the last trace
+    is that of the square root of the symmetric A' S2 A, which stays real where the covariances are singular.
     """
     first, second = first.astype(np.float64), second.astype(np.float64)
     difference = first.mean(axis=0) - second.mean(axis=0)

@@ -1,0 +1,161 @@
+"""Optimizer, schedules, loader, checkpoints and statistics against independent code."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rae_xla.data.loader import TrainingBatches
+from rae_xla.data.sources import DataConfig, open_source
+from rae_xla.data.transforms import shift_randomly, to_bytes
+from rae_xla.errors import UserError
+from rae_xla.evaluation.distances import frechet_distance, identical_images, nearest_neighbour_distances
+from rae_xla.evaluation.latent_stats import Moments
+from rae_xla.recipe import LatentNoiseConfig, load_recipe
+from rae_xla.runtime import MeshConfig, create
+from rae_xla.training import checkpoint
+from rae_xla.training.autoencoder import latent_noise
+from rae_xla.training.metrics import read_metrics
+from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
+from rae_xla.training.tasks import train
+
+
+def test_adamw_and_clipping_equal_torch() -> None:
+    torch.manual_seed(0)
+    config = OptimizerConfig(num_epochs=1, learning_rate=0.1, weight_decay=0.3, ema_decay=0.9, clip_norm=0.5)
+    parameter = torch.nn.Parameter(torch.randn(4, 3))
+    reference = torch.optim.AdamW([parameter], lr=0.1, betas=config.betas, weight_decay=0.3)
+    ours = {"p": parameter.detach().clone()}
+    first = second = {"p": torch.zeros(4, 3)}
+    for step in range(5):
+        gradient = torch.randn(4, 3)
+        parameter.grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_([parameter], 0.5)
+        reference.step()
+        clipped, our_norm = clip_by_global_norm({"p": gradient}, config.clip_norm)
+        ours, first, second = adamw(
+            ours, clipped, first, second, torch.tensor(step, dtype=torch.int32), torch.tensor(0.1), config
+        )
+        torch.testing.assert_close(our_norm, norm)
+    torch.testing.assert_close(ours["p"], parameter.detach())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "at_half"), [("constant", 1.0), ("linear", 0.1 + 0.9 / 2), ("cosine", 0.1 + 0.9 * 0.5)]
+)
+def test_schedules(schedule: str, at_half: float) -> None:
+    config = OptimizerConfig(
+        num_epochs=12, learning_rate=1.0, schedule=schedule, final_learning_rate=0.1, warmup_epochs=2, ema_decay=0.9
+    )
+
+    def at(step: int) -> float:
+        return learning_rate_at(torch.tensor(step, dtype=torch.int32), config, 10.0).item()
+
+    assert at(0) == pytest.approx(1 / 20) and at(19) == pytest.approx(1.0) and at(20) == pytest.approx(1.0)
+    assert at(70) == pytest.approx(at_half)
+    assert at(120) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+def test_every_image_once_an_epoch_and_hosts_share_the_batch() -> None:
+    config = DataConfig(source="digits", image_size=8, batch_size=60)
+    images = open_source(config, "train")
+    whole = TrainingBatches(images, config, 1, 0, 1)
+    positions = np.concatenate([whole.batch(step)["positions"] for step in range(48)])
+    assert positions.tolist() == list(range(48 * 60))
+    labels = np.concatenate([whole.batch(step)["labels"] for step in range(48)])[: 2 * len(images)]
+    for epoch in np.split(labels, 2):
+        assert np.bincount(epoch).tolist() == np.bincount(images.labels).tolist()
+    hosts = [TrainingBatches(images, config, 1, index, 3).batch(7)["images"] for index in range(3)]
+    assert torch.equal(torch.cat(hosts), whole.batch(7)["images"])
+
+
+def test_splits_are_fixed_and_apart() -> None:
+    config = DataConfig(source="digits", image_size=8, batch_size=1)
+    splits = {split: open_source(config, split) for split in ("train", "heldout")}
+    assert [len(splits[split]) for split in ("train", "heldout")] == [1437, 360]
+    assert np.bincount(splits["heldout"].labels).min() >= 35
+
+
+def test_shift_moves_and_fills_with_black() -> None:
+    images = np.full((64, 4, 4, 3), 9, np.uint8)
+    moved = shift_randomly(images, 2, 0, np.arange(64, dtype=np.int32))
+    corners = {tuple(np.argwhere(image[..., 0] == 9).min(axis=0)) for image in moved}
+    assert moved.shape == images.shape and len(corners) > 5
+    assert {int(image.min()) for image in moved} == {0, 9}
+
+
+def test_pixels_are_truncated() -> None:
+    image = torch.tensor([-0.5, 0.999, 1.5]).reshape(1, 3, 1, 1)
+    assert to_bytes(image).flatten().tolist() == [0, 254, 255]
+
+
+def test_latent_noise_distributions() -> None:
+    rows = torch.arange(20000, dtype=torch.int32)
+    expected = {"uniform": 0.8**2 / 3, "half_normal": 0.8**2}  # E[sigma^2]
+    for distribution, variance in expected.items():
+        noise = latent_noise(
+            LatentNoiseConfig(scale=0.8, distribution=distribution), 0, rows, torch.Size([20000, 4, 2, 2])
+        )
+        assert noise.var().item() == pytest.approx(variance, rel=0.05)
+
+
+def test_moments_do_not_depend_on_batches() -> None:
+    rows = np.random.default_rng(0).normal(3.0, 2.0, (500, 4)).astype(np.float32)
+    for size in (7, 64, 500):
+        parts = [Moments.of(rows[start : start + size]) for start in range(0, 500, size)]
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = merged.merge(part)
+        np.testing.assert_allclose(merged.mean, rows.astype(np.float64).mean(axis=0), rtol=1e-10)
+        np.testing.assert_allclose(merged.squares / merged.count, rows.astype(np.float64).var(axis=0), rtol=1e-10)
+
+
+def test_frechet_distance_of_few_samples_equals_the_nuclear_norm_form() -> None:
+    generator = np.random.default_rng(0)
+    first, second = generator.normal(size=(9, 20)), generator.normal(1.0, 2.0, size=(12, 20))
+    centred = [rows - rows.mean(axis=0) for rows in (first, second)]
+    trace = np.linalg.norm(centred[0] @ centred[1].T, ord="nuc") / math.sqrt(8 * 11)
+    expected = np.square(first.mean(axis=0) - second.mean(axis=0)).sum() - 2 * trace
+    expected += np.square(centred[0]).sum() / 8 + np.square(centred[1]).sum() / 11
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-6)
+
+
+def test_diversity_measures() -> None:
+    images = np.zeros((4, 2, 2, 3), np.uint8)
+    images[1] = 3
+    images[3] = 3
+    labels = np.array([0, 0, 1, 1])
+    np.testing.assert_allclose(nearest_neighbour_distances(images, labels), [3, 3, 3, 3])
+    assert identical_images(images) == 2
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    def run(root: Path, steps: int) -> dict:
+        overrides = ["runtime=eager", f"root={root}", "data.batch_size=16", "log.every_steps=1"]
+        overrides += ["checkpoint.every_steps=3", "train.schedule=constant", f"train.num_epochs={steps * 16 / 1437}"]
+        recipe = load_recipe("recipes/quickstart/judge.yaml", overrides)
+        return train(recipe, create("eager", MeshConfig(), "fp32"))
+
+    run(tmp_path / "whole", 7)
+    run(tmp_path / "parts", 4)
+    run(tmp_path / "parts", 7)
+    whole, parts = [(tmp_path / name / "judge" / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert whole == parts
+    lines = read_metrics(str(tmp_path / "parts" / "judge" / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    assert run(tmp_path / "parts", 7)["steps"] == 7
+
+
+def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
+    state = {"parameters": {"w": torch.ones(2)}, "step": torch.tensor(3, dtype=torch.int32)}
+    for step in (1, 2, 3):
+        checkpoint.save(str(tmp_path), step, state, keep=2)
+    (tmp_path / "step_00000003" / checkpoint.MARKER_FILE).unlink()
+    assert checkpoint.complete_steps(str(tmp_path)) == [2]
+    assert torch.equal(checkpoint.load(str(tmp_path), 2, state)["parameters"]["w"], torch.ones(2))
+    with pytest.raises(UserError, match="another model"):
+        checkpoint.load(str(tmp_path), 2, {"parameters": {"w": torch.ones(3)}, "step": state["step"]})
