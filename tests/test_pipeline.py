@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from rae_xla.data.sources import DataConfig, open_source
+from rae_xla.data.transforms import to_unit
+from rae_xla.models.autoencoder import STATS_EPS, load_latent_encoder
 from rae_xla.recipe import load_recipe
 from rae_xla.training.metrics import read_metrics
 
@@ -55,16 +57,15 @@ def test_loss_curve_of_eight_devices_equals_that_of_one(
 
 
 def test_latent_statistics_normalise_the_features(one_device_run: Path, eight_device_run: tuple[Path, str]) -> None:
-    from rae_xla.data.transforms import to_unit
-    from rae_xla.models.autoencoder import load_latent_encoder
-
     recipe = load_recipe("recipes/quickstart/diffusion.yaml", [f"root={one_device_run}"])
     images = open_source(DataConfig(source="digits", image_size=32, batch_size=1), "train").images
     with torch.no_grad():
         encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
         latents = encoder(to_unit(torch.from_numpy(images))).double()
     assert latents.mean(dim=0).abs().max() < 1e-4
-    np.testing.assert_allclose(latents.var(dim=0, unbiased=False), 1.0, atol=2e-3)
     one = load_file(one_device_run / "latent_stats" / "latent_stats.safetensors")
+    # Where a feature hardly varies, the eps of the released normalisation shows.
+    expected = one["variance"] / (one["variance"] + STATS_EPS)
+    np.testing.assert_allclose(latents.var(dim=0, unbiased=False), expected, atol=1e-4)
     eight = load_file(eight_device_run[0] / "latent_stats" / "latent_stats.safetensors")
     np.testing.assert_allclose(one["mean"], eight["mean"], atol=2e-3)
