@@ -1,5 +1,6 @@
 """The quickstart with every training cut to 24 steps: ``python tests/short_quickstart.py ROOT``."""
 
+import os
 import sys
 
 from rae_xla import quickstart
@@ -19,5 +20,6 @@ def load_short_recipe(path, overrides):
 
 if __name__ == "__main__":
     quickstart.load_recipe = load_short_recipe
-    result = quickstart.run_quickstart(sys.argv[1], sys.argv[2:], num_images=30)
+    # A relative root, as users give it.
+    result = quickstart.run_quickstart(os.path.relpath(sys.argv[1]), sys.argv[2:], num_images=30)
     print(result["report"])

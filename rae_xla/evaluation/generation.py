@@ -56,8 +56,8 @@ class Sampler:
         self.shift = recipe.flow.shift_for(self.latent_shape)
         self._decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
         self._model = create_dit_dh(recipe.model, self.latent_shape, num_classes)
-        self.weights_path = storage.join(recipe.path(recipe.run_dir), WEIGHTS_FILE)
-        load_weights(self._model, self.weights_path, "run_dir")
+        self._weights = storage.join(recipe.run_dir, WEIGHTS_FILE)
+        load_weights(self._model, recipe.path(self._weights), "run_dir")
         self._guide: DiTDH | None = None
         if isinstance(recipe.guidance, AutoGuidance):
             self._guide = create_dit_dh(recipe.guidance.model, self.latent_shape, num_classes)
@@ -104,12 +104,12 @@ class Sampler:
         """The files whose content decides the images."""
         recipe = self._recipe
         named = {
-            "model": self.weights_path,
+            "model": self._weights,
             "decoder": recipe.autoencoder.decoder.weights,
             "latent_stats": recipe.autoencoder.latent_stats,
             "guide": recipe.guidance.weights if isinstance(recipe.guidance, AutoGuidance) else None,
         }
-        return {name: storage.resolve(recipe.root, path) for name, path in named.items() if path is not None}
+        return {name: recipe.path(path) for name, path in named.items() if path is not None}
 
     def _times(self) -> Tensor:
         config = self._recipe.sampler

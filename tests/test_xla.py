@@ -1,0 +1,93 @@
+"""The XLA runtime on one CPU device: tracing once, donation, the device loop, random numbers, equality with eager."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rae_xla.random import Purpose, normal
+from rae_xla.recipe import load_recipe
+from rae_xla.runtime import MeshConfig, Runtime, create
+from rae_xla.training.tasks import train
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Runtime:
+    return create("xla", MeshConfig(), "fp32")
+
+
+def accumulate(state, frozen, batch):
+    return {"sum": state["sum"] + frozen["scale"] * batch["x"].sum(dim=0)}, {"largest": batch["x"].max()}
+
+
+def test_a_step_is_traced_once_and_consumes_its_state(runtime: Runtime) -> None:
+    import torch_xla.debug.metrics as xla_metrics
+
+    step = runtime.compile(accumulate, "accumulate")
+    state = runtime.place_state({"sum": torch.zeros(3)})
+    frozen = runtime.place_state({"scale": torch.tensor(2.0)})
+    first = state
+    for value in range(1, 6):
+        batch = runtime.place_batch({"x": torch.full((4, 3), float(value))})
+        state, outputs = step(state, frozen, batch)
+        if value == 1:
+            compiled = xla_metrics.counter_value("UncachedCompile")
+    assert xla_metrics.counter_value("UncachedCompile") == compiled
+    assert runtime.to_host(state)["sum"].tolist() == [2.0 * 4 * 15] * 3
+    assert runtime.to_host(outputs)["largest"].item() == 5.0
+    with pytest.raises(RuntimeError):
+        runtime.to_host(first)
+
+
+def test_another_shape_is_an_error_that_names_the_input(runtime: Runtime) -> None:
+    step = runtime.compile(accumulate, "accumulate")
+    state, frozen = runtime.place_state({"sum": torch.zeros(3)}), runtime.place_state({"scale": torch.tensor(2.0)})
+    state, _ = step(state, frozen, runtime.place_batch({"x": torch.ones(4, 3)}))
+    with pytest.raises(RuntimeError, match=r"accumulate: batch\['x'\] is torch.float32 \[5, 3\], traced as .*\[4, 3\]"):
+        step(state, frozen, runtime.place_batch({"x": torch.ones(5, 3)}))
+
+
+def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
+    eager = create("eager", MeshConfig(), "fp32")
+    rows = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)) / 3
+
+    def run(where: Runtime) -> torch.Tensor:
+        def program(state, frozen, batch):
+            def body(x, row):
+                return (x @ frozen["weight"]).sin() * row[0] + row[1]
+
+            return state, {"x": where.loop(body, batch["x"], frozen["rows"])}
+
+        placed = where.place_state({"weight": weight, "rows": rows})
+        step = where.compile(program, "loop")
+        outputs = [step({}, placed, where.place_batch({"x": torch.full((2, 3), v)}))[1] for v in (0.5, 0.9)]
+        return torch.cat([where.to_host(output)["x"] for output in outputs])
+
+    torch.testing.assert_close(run(runtime), run(eager), rtol=1e-5, atol=1e-6)
+
+
+def test_random_numbers_are_those_of_the_host(runtime: Runtime) -> None:
+    rows = torch.arange(5, dtype=torch.int32) * 1000
+
+    def draw(state, frozen, batch):
+        return state, {"noise": normal(42, Purpose.FLOW_NOISE, batch["rows"], (4, 3))}
+
+    _, outputs = runtime.compile(draw, "draw")({}, {}, runtime.place_batch({"rows": rows}))
+    drawn = runtime.to_host(outputs)["noise"]
+    torch.testing.assert_close(drawn, normal(42, Purpose.FLOW_NOISE, rows, (4, 3)), rtol=1e-5, atol=1e-5)
+
+
+def test_training_equals_eager(tmp_path) -> None:
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        from safetensors.torch import load_file
+
+        overrides = [f"runtime={name}", f"root={tmp_path / name}", f"train.num_epochs={10 * 64 / 1437}"]
+        recipe = load_recipe("recipes/quickstart/judge.yaml", [*overrides, "train.ema_decay=0.0"])
+        train(recipe, create(name, MeshConfig(), "fp32"))
+        return load_file(tmp_path / name / "judge" / "weights.safetensors")
+
+    ours, reference = weights("xla"), weights("eager")
+    for key, value in reference.items():
+        np.testing.assert_allclose(ours[key], value, atol=2e-4, err_msg=key)
