@@ -94,6 +94,10 @@ def read_tensors(path: str, key: str) -> dict[str, Tensor]:
         raise UserError(f"{key}: {path} is not a safetensors file, or is cut short ({error})") from error
 
 
-def write_tensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file."""
+def write_tensors(path: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """A safetensors file; ``about`` goes into its metadata as JSON.
+
+    One metadata key only: safetensors writes several in random order, and equal content should be equal bytes.
+    """
+    metadata = None if about is None else {"rae_xla": json.dumps(about)}
     write_bytes(path, format_safetensors({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))

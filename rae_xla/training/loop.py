@@ -85,8 +85,8 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         "runtime": runtime.describe(),
     }
     if runtime.process_index == 0:
-        metadata = {"task": task.name, "step": str(task.num_steps), "kind": "ema", "rae_xla": __version__}
-        storage.write_tensors(storage.join(run_dir, WEIGHTS_FILE), weights, metadata)
+        about = {"task": task.name, "step": task.num_steps, "kind": "ema", "version": __version__}
+        storage.write_tensors(storage.join(run_dir, WEIGHTS_FILE), weights, about)
         storage.write_json(storage.join(run_dir, "report.json"), report)
     return report
 
