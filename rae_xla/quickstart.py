@@ -45,10 +45,10 @@ def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str
         return result
 
     for name in ("encoder", "judge", "decoder"):
-        timed(f"train {name}", train, recipes[name], made)
+        timings[f"train {name}"] = train(recipes[name], made)["seconds"]
     timed("latent statistics", write_latent_stats, recipes["latent_stats"], made)
     for name in ("guide", "diffusion"):
-        timed(f"train {name}", train, recipes[name], made)
+        timings[f"train {name}"] = train(recipes[name], made)["seconds"]
     reconstruction = timed("reconstruct", evaluate_reconstruction, recipes["evaluation"], made)
     scores = []
     for mode in GUIDANCE:
