@@ -58,7 +58,7 @@ def _shaped(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _unit(words: Tensor) -> Tensor:
-    return ((words >> 8) & 0xFFFFFF).float() * 2.0**-24
+    return _shift_right(words, 8).float() * 2.0**-24
 
 
 def _words(seed: int, purpose: Purpose, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -82,8 +82,14 @@ def threefry2x32(key: tuple[int, int], first: Tensor, second: Tensor) -> tuple[T
 
 
 def _rotate_left(x: Tensor, bits: int) -> Tensor:
-    # `>>` on int32 copies the sign bit in; the mask takes the copies away.
-    return (x << bits) | ((x >> (32 - bits)) & ((1 << bits) - 1))
+    return (x << bits) | _shift_right(x, 32 - bits)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    # A shift without sign. `>>` of a negative number copies its sign in PyTorch, and in torch_xla 2.9 divides, rounding
+    # towards zero; of the number without its sign bit both shift.
+    sign = (x < 0).to(torch.int32) << (31 - bits)
+    return ((x & 0x7FFFFFFF) >> bits) | sign
 
 
 def _as_int32(value: int) -> int:
