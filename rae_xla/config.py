@@ -6,6 +6,7 @@ A component's own configuration stands beside the component; `rae_xla.recipe` pu
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,27 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
     return content
 
 
-def describe_errors(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """All of pydantic's findings in one line: which key of which file, what is wrong, what to do."""
-    return "; ".join(f"{where}: {_describe(finding, model)}" for finding in error.errors())
+def sizes_by_name(content: Any, sizes: Mapping[str, Mapping[str, Any]]) -> Any:
+    """``content`` of a configuration with what its ``name`` stands for filled in below what is given explicitly.
+
+    Raises:
+        ValueError: a name that is not in ``sizes``.
+    """
+    name = content.get("name") if isinstance(content, dict) else None
+    if name is None:
+        return content
+    if name not in sizes:
+        raise ValueError(f"name {name!r} is not known; use {', '.join(sizes)}, or give every size")
+    return {**sizes[name], **content}
 
 
-def _describe(finding: Any, model: type[BaseModel]) -> str:
-    location = [str(part) for part in finding["loc"] if isinstance(part, str | int)]
+def describe_errors(error: ValidationError, where: str, model: type[BaseModel], content: Any) -> str:
+    """All of pydantic's findings about ``content`` in one line: which key of which file, what is wrong, what to do."""
+    return "; ".join(f"{where}: {_describe(finding, model, content)}" for finding in error.errors())
+
+
+def _describe(finding: Any, model: type[BaseModel], content: Any) -> str:
+    location = _keys(finding, content)
     key = ".".join(location) or "(top level)"
     value = finding.get("input")
     if finding["type"] == "extra_forbidden":
@@ -95,6 +110,19 @@ def _describe(finding: Any, model: type[BaseModel]) -> str:
     return f"{key}: {finding['msg'][0].lower()}{finding['msg'][1:]}, got {value!r}"
 
 
+def _keys(finding: Any, content: Any) -> list[str]:
+    """The location as the user wrote it: pydantic also names which class of a union it tried."""
+    keys = []
+    for part in finding["loc"]:
+        inside = isinstance(content, dict) and part in content
+        if inside or (isinstance(content, list) and isinstance(part, int)):
+            content = content[part]
+            keys.append(str(part))
+    if finding["type"] == "missing":
+        keys.append(str(finding["loc"][-1]))
+    return keys
+
+
 def _suggestion(location: list[str], model: type[BaseModel]) -> str:
     fields = _fields_at(location[:-1], model)
     close = difflib.get_close_matches(location[-1], fields, n=1)
@@ -103,21 +131,24 @@ def _suggestion(location: list[str], model: type[BaseModel]) -> str:
     return f"; known here: {', '.join(sorted(fields))}" if fields else ""
 
 
-def _fields_at(location: list[str], model: type[BaseModel]) -> list[str]:
-    current: Any = model
+def _fields_at(location: list[str], model: type[BaseModel]) -> set[str]:
+    classes = [model]
     for part in location:
-        fields = getattr(current, "model_fields", {})
-        if part not in fields:
-            return []
-        current = _config_class(fields[part].annotation)
-    return list(getattr(current, "model_fields", {}))
+        classes = [
+            inner
+            for outer in classes
+            if part in outer.model_fields
+            for inner in _config_classes(outer.model_fields[part].annotation)
+        ]
+    return {name for found in classes for name in found.model_fields}
 
 
-def _config_class(annotation: Any) -> Any:
+def _config_classes(annotation: Any) -> list[type[BaseModel]]:
+    """The configuration classes that an annotation allows."""
     if isinstance(annotation, type):
-        return annotation
-    candidates = [_config_class(argument) for argument in getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    arguments = getattr(annotation, "__args__", ())
+    return [found for argument in arguments for found in _config_classes(argument)]
 
 
 def _dotted(value: float) -> str:

@@ -13,10 +13,10 @@ from rae_xla.data.sources import DataConfig
 from rae_xla.errors import UserError
 from rae_xla.flow.guidance import GuidanceConfig, NoGuidance
 from rae_xla.flow.sampler import SamplerConfig
-from rae_xla.flow.schedule import FlowConfig
+from rae_xla.flow.schedule import FlowConfig, TimeConfig
 from rae_xla.models.autoencoder import AutoencoderConfig
 from rae_xla.models.classifier import ConvNetConfig
-from rae_xla.models.dit_dh import DiTDHConfig
+from rae_xla.models.diffusion import DiffusionModelConfig
 from rae_xla.models.encoders import EncoderConfig
 from rae_xla.runtime import MeshConfig, Precision
 from rae_xla.training.checkpoint import CheckpointConfig
@@ -28,19 +28,24 @@ class CommonRecipe(Config):
     """What every task has. Relative paths in a recipe are inside ``root``, which may be a ``gs://`` URL."""
 
     root: str = "."
-    run_dir: str
     seed: int
     runtime: Literal["xla", "eager"] = "xla"
     mesh: MeshConfig = MeshConfig()
     precision: Precision = "fp32"
-    data: DataConfig
 
     def path(self, path: str) -> str:
         """A path of this recipe, made absolute by its ``root``."""
         return storage.resolve(self.root, path)
 
 
-class TrainingRecipe(CommonRecipe):
+class RunRecipe(CommonRecipe):
+    """A task that reads a data set and leaves a run directory."""
+
+    run_dir: str
+    data: DataConfig
+
+
+class TrainingRecipe(RunRecipe):
     """What every training has."""
 
     train: OptimizerConfig
@@ -80,7 +85,7 @@ class AutoencoderRecipe(TrainingRecipe):
         return self
 
 
-class LatentStatsRecipe(CommonRecipe):
+class LatentStatsRecipe(RunRecipe):
     """Exact mean and variance of the encoder's features over the training split."""
 
     task: Literal["latent_stats"]
@@ -88,17 +93,32 @@ class LatentStatsRecipe(CommonRecipe):
 
 
 class DiffusionRecipe(TrainingRecipe):
-    """Train a DiT^DH on latents by flow matching, and sample from it."""
+    """Train a diffusion transformer on latents by flow matching, and sample from it.
+
+    ``model.weights`` is where training starts; samples are made with what it ended with.
+    """
 
     task: Literal["diffusion"]
     autoencoder: AutoencoderConfig
-    model: DiTDHConfig
+    model: DiffusionModelConfig
     flow: FlowConfig
     sampler: SamplerConfig
     guidance: GuidanceConfig = NoGuidance()
 
 
-class EvaluationRecipe(CommonRecipe):
+class SamplingRecipe(CommonRecipe):
+    """Sample with weights that are there already; nothing is trained and no data set is needed."""
+
+    task: Literal["sampling"]
+    autoencoder: AutoencoderConfig
+    model: DiffusionModelConfig
+    num_classes: int = Field(gt=0)
+    flow: TimeConfig = TimeConfig()
+    sampler: SamplerConfig
+    guidance: GuidanceConfig = NoGuidance()
+
+
+class EvaluationRecipe(RunRecipe):
     """Score reconstructions and samples with a classifier that none of the models has seen."""
 
     task: Literal["evaluation"]
@@ -106,15 +126,12 @@ class EvaluationRecipe(CommonRecipe):
     judge: ConvNetConfig
 
 
-Recipe = Annotated[
-    ClassifierRecipe | AutoencoderRecipe | LatentStatsRecipe | DiffusionRecipe | EvaluationRecipe,
-    Field(discriminator="task"),
-]
 RECIPES: dict[str, type[CommonRecipe]] = {
     "classifier": ClassifierRecipe,
     "autoencoder": AutoencoderRecipe,
     "latent_stats": LatentStatsRecipe,
     "diffusion": DiffusionRecipe,
+    "sampling": SamplingRecipe,
     "evaluation": EvaluationRecipe,
 }
 
@@ -135,7 +152,7 @@ def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
     try:
         return RECIPES[str(task)].model_validate(content)
     except ValidationError as error:
-        raise UserError(describe_errors(error, path, RECIPES[str(task)])) from error
+        raise UserError(describe_errors(error, path, RECIPES[str(task)], content)) from error
 
 
 def dump_recipe(recipe: BaseModel) -> str:

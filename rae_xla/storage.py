@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import posixpath
 import uuid
 from typing import Any
 
 import fsspec
+import torch
 from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
+from safetensors.torch import load_file as load_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from rae_xla.errors import UserError
+
+# The key of a safetensors file's metadata that holds what is said about it.
+_ABOUT = "rae_xla"
 
 
 def resolve(root: str, path: str) -> str:
@@ -62,7 +69,7 @@ def write_bytes(path: str, content: bytes) -> None:
     """Write a whole file; directories are made. An object store writes atomically; a disk gets a file and a rename."""
     filesystem, inner = url_to_fs(path)
     filesystem.makedirs(posixpath.dirname(inner), exist_ok=True)
-    if "file" not in filesystem.protocol:
+    if not _is_local(filesystem):
         filesystem.pipe_file(inner, content)
         return
     aside = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
@@ -81,17 +88,47 @@ def write_json(path: str, content: Any) -> None:
 
 
 def read_tensors(path: str, key: str) -> dict[str, Tensor]:
-    """A safetensors file; ``key`` is the recipe key to name when it cannot be read.
+    """A safetensors file; a local one is mapped, so that only what is used takes memory.
+
+    ``key`` is the recipe key or argument to name when it cannot be read.
 
     Raises:
         UserError: missing, or not a safetensors file.
     """
+    filesystem, inner = url_to_fs(path)
     try:
-        return parse_safetensors(read_bytes(path))
+        return load_safetensors(inner) if _is_local(filesystem) else parse_safetensors(read_bytes(path))
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read; make it first, or correct the path") from error
     except SafetensorError as error:
         raise UserError(f"{key}: {path} is not a safetensors file, or is cut short ({error})") from error
+
+
+def read_about(path: str) -> dict[str, Any]:
+    """What `write_tensors` was told about a file's content; empty if nothing."""
+    with fsspec.open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return json.loads(header.get("__metadata__", {}).get(_ABOUT, "{}"))
+
+
+def read_pickle(path: str, key: str) -> Any:
+    """A ``.pt`` file of tensors in plain containers; nothing else is unpickled.
+
+    Raises:
+        UserError: missing, not such a file, or with other objects in it.
+    """
+    filesystem, inner = url_to_fs(path)
+    try:
+        source = inner if _is_local(filesystem) else io.BytesIO(read_bytes(path))
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read; make it first, or correct the path") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{key}: {path} is not a checkpoint of plain tensors, or is cut short") from error
+
+
+def _is_local(filesystem: Any) -> bool:
+    return "file" in filesystem.protocol
 
 
 def write_tensors(path: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
@@ -99,5 +136,5 @@ def write_tensors(path: str, tensors: dict[str, Tensor], about: dict[str, Any] |
 
     One metadata key only: safetensors writes several in random order, and equal content should be equal bytes.
     """
-    metadata = None if about is None else {"rae_xla": json.dumps(about)}
+    metadata = None if about is None else {_ABOUT: json.dumps(about)}
     write_bytes(path, format_safetensors({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))

@@ -1,5 +1,6 @@
-"""Sample images from a trained diffusion recipe: samples.npz (arr_0 images, arr_1 labels), a contact sheet, a manifest.
+"""Sample images with a sampling recipe, or from a trained diffusion recipe.
 
+Writes samples.npz (arr_0 images, arr_1 labels), a contact sheet and a manifest of everything that decides a score.
 Image i depends on the seed, i and its label alone: batch size and number of devices do not change it.
 """
 
@@ -18,7 +19,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     from rae_xla.evaluation.generation import write_sample_set
     from rae_xla.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides, "diffusion")
+    recipe = load_recipe(arguments.recipe, arguments.overrides, "sampling", "diffusion")
     labels = None
     if arguments.labels is not None:
         try:

@@ -28,11 +28,11 @@ from rae_xla.flow.guidance import (
 from rae_xla.flow.sampler import euler
 from rae_xla.flow.schedule import sampling_times
 from rae_xla.models.autoencoder import load_latent_decoder
-from rae_xla.models.dit_dh import DiTDH, create_dit_dh
+from rae_xla.models.diffusion import DiffusionModel, load_diffusion_model
+from rae_xla.models.dit import DiTConfig
 from rae_xla.models.functional import call, tensors_of
-from rae_xla.models.loading import load_weights
 from rae_xla.random import Purpose, normal
-from rae_xla.recipe import DiffusionRecipe, save_recipe
+from rae_xla.recipe import DiffusionRecipe, SamplingRecipe, save_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.loop import WEIGHTS_FILE
 
@@ -48,20 +48,21 @@ def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
 class Sampler:
     """A trained model, its guide and the decoder as one compiled program: (index, label) -> image."""
 
-    def __init__(self, recipe: DiffusionRecipe, num_classes: int, runtime: Runtime) -> None:
+    def __init__(self, recipe: DiffusionRecipe | SamplingRecipe, runtime: Runtime) -> None:
         self._recipe = recipe
         self._runtime = runtime
-        self.num_classes = num_classes
+        self.num_classes = _num_classes(recipe)
         self.latent_shape = recipe.autoencoder.encoder.latent_shape
         self.shift = recipe.flow.shift_for(self.latent_shape)
         self._decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
-        self._model = create_dit_dh(recipe.model, self.latent_shape, num_classes)
-        self._weights = storage.join(recipe.run_dir, WEIGHTS_FILE)
-        load_weights(self._model, recipe.path(self._weights), "run_dir")
-        self._guide: DiTDH | None = None
+        self._weights, key = _model_weights(recipe), "model.weights"
+        if isinstance(recipe, DiffusionRecipe):
+            key = "run_dir"
+        self._model = self._load(recipe.model, self._weights, key)
+        self._guide: DiffusionModel | None = None
         if isinstance(recipe.guidance, AutoGuidance):
-            self._guide = create_dit_dh(recipe.guidance.model, self.latent_shape, num_classes)
-            load_weights(self._guide, recipe.path(recipe.guidance.weights), "guidance.weights")
+            guide = recipe.guidance.model
+            self._guide = self._load(guide, guide.weights, "guidance.model.weights")
 
     def sample(self, labels: np.ndarray, seed: int) -> np.ndarray:
         """uint8 [N, H, W, 3]: image i has label ``labels[i]`` and the noise of (seed, i).
@@ -107,9 +108,14 @@ class Sampler:
             "model": self._weights,
             "decoder": recipe.autoencoder.decoder.weights,
             "latent_stats": recipe.autoencoder.latent_stats,
-            "guide": recipe.guidance.weights if isinstance(recipe.guidance, AutoGuidance) else None,
+            "guide": recipe.guidance.model.weights if isinstance(recipe.guidance, AutoGuidance) else None,
         }
         return {name: recipe.path(path) for name, path in named.items() if path is not None}
+
+    def _load(self, config: DiTConfig, weights: str | None, key: str) -> DiffusionModel:
+        if weights is None:
+            raise UserError(f"{key}: required here; give a safetensors file, or a released .pt")
+        return load_diffusion_model(config, self.latent_shape, self.num_classes, self._recipe.path(weights), key)
 
     def _times(self) -> Tensor:
         config = self._recipe.sampler
@@ -133,8 +139,17 @@ class Sampler:
         return model
 
 
+def _num_classes(recipe: DiffusionRecipe | SamplingRecipe) -> int:
+    return recipe.num_classes if isinstance(recipe, SamplingRecipe) else open_source(recipe.data, "train").num_classes
+
+
+def _model_weights(recipe: DiffusionRecipe | SamplingRecipe) -> str | None:
+    """A training's own weights, which `model.weights` may have started."""
+    return recipe.model.weights if isinstance(recipe, SamplingRecipe) else storage.join(recipe.run_dir, WEIGHTS_FILE)
+
+
 def write_sample_set(
-    recipe: DiffusionRecipe,
+    recipe: DiffusionRecipe | SamplingRecipe,
     runtime: Runtime,
     directory: str,
     *,
@@ -147,9 +162,8 @@ def write_sample_set(
     ``labels``: one image for each; ``None``: ``num_images``, class-balanced.
     """
     started = time.perf_counter()
-    num_classes = open_source(recipe.data, "train").num_classes
-    sampler = Sampler(recipe, num_classes, runtime)
-    chosen = balanced_labels(num_images, num_classes) if labels is None else np.array(labels, dtype=np.int32)
+    sampler = Sampler(recipe, runtime)
+    chosen = balanced_labels(num_images, sampler.num_classes) if labels is None else np.array(labels, dtype=np.int32)
     images = sampler.sample(chosen, seed)
     manifest = {
         "num_images": len(images),

@@ -51,7 +51,7 @@ class Moments:
 def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tensor]:
     """``mean`` and ``variance`` (over n), float32 [C, h, w], of the training split's features."""
     images = open_source(recipe.data, "train")
-    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
 
     def encode(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"features": call(encoder, frozen, runtime.compute_dtype, to_unit(batch["images"]))}

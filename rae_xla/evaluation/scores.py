@@ -100,7 +100,7 @@ def matched_classes(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, 
 def reconstruct_heldout(recipe: EvaluationRecipe, runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
     """(originals, reconstructions), uint8 [n, H, W, 3]: the held-out split through encoder and decoder."""
     heldout = open_source(recipe.data, "heldout")
-    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
     decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
 
     def reconstruct(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

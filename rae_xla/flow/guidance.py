@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from rae_xla.config import Config
-from rae_xla.models.dit_dh import DiTDHConfig
+from rae_xla.models.diffusion import DiffusionModelConfig
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,11 +44,10 @@ class ClassifierFreeGuidance(_Guided):
 
 
 class AutoGuidance(_Guided):
-    """Away from a weaker model: smaller, or trained for less. ``weights``: its safetensors file."""
+    """Away from a weaker model: smaller, or trained for less."""
 
     method: Literal["autoguidance"]
-    model: DiTDHConfig
-    weights: str
+    model: DiffusionModelConfig
 
 
 GuidanceConfig = Annotated[NoGuidance | ClassifierFreeGuidance | AutoGuidance, Field(discriminator="method")]

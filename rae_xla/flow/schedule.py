@@ -7,9 +7,10 @@ t = 0 is data, t = 1 is noise. Source: arXiv 2510.11690, section 4.2 and equatio
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from rae_xla.config import Config
@@ -19,16 +20,21 @@ BASE_DIMENSION = 4096
 LARGEST_TIME = 0.999
 
 
-class FlowConfig(Config):
-    """How training draws its times. ``shift``: ``auto`` takes it from the latent's size, for training and sampling."""
+class TimeConfig(Config):
+    """``shift``: ``auto`` takes it from the latent's size, for training and sampling."""
 
-    time_distribution: Literal["uniform", "logit_normal"]
-    shift: Literal["auto"] | float = "auto"
-    label_dropout: float = 0.1
+    shift: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
 
     def shift_for(self, latent_shape: tuple[int, int, int]) -> float:
         """The shift in effect for latents of this [C, h, w]."""
         return dimension_shift(latent_shape) if self.shift == "auto" else self.shift
+
+
+class FlowConfig(TimeConfig):
+    """How training draws its times, and the share of samples that it hides the label of."""
+
+    time_distribution: Literal["uniform", "logit_normal"]
+    label_dropout: float = Field(default=0.1, ge=0, le=1)
 
 
 def dimension_shift(latent_shape: tuple[int, int, int]) -> float:

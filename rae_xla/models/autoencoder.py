@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from rae_xla import storage
 from rae_xla.config import Config
 from rae_xla.errors import UserError
+from rae_xla.models.convert.files import read_weights
 from rae_xla.models.decoder import Decoder, DecoderConfig
-from rae_xla.models.encoders import Encoder, EncoderConfig
-from rae_xla.models.loading import load_weights
+from rae_xla.models.encoders import Encoder, EncoderConfig, load_encoder
+from rae_xla.models.loading import load_weights, on_meta
+from rae_xla.models.pretrained import pretrained_weights
 
 STATS_EPS = 1e-5
 
@@ -36,8 +38,8 @@ class _Normalised(nn.Module):
 
     def __init__(self, latent_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.register_buffer("latent_shift", torch.zeros(latent_shape), persistent=False)
-        self.register_buffer("latent_scale", torch.ones(latent_shape), persistent=False)
+        self.register_buffer("latent_shift", torch.zeros(latent_shape, device="cpu"), persistent=False)
+        self.register_buffer("latent_scale", torch.ones(latent_shape, device="cpu"), persistent=False)
 
     def set_stats(self, mean: Tensor, variance: Tensor) -> None:
         """Normalise by these statistics, float32 [C, h, w]."""
@@ -48,9 +50,9 @@ class _Normalised(nn.Module):
 class LatentEncoder(_Normalised):
     """Images to latents."""
 
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__(config.latent_shape)
-        self.encoder = Encoder(config)
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__(encoder.config.latent_shape)
+        self.encoder = encoder
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1] -> float32 [B, C, h, w]; zero mean and unit variance at each position."""
@@ -65,7 +67,8 @@ class LatentDecoder(_Normalised):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__(config.encoder.latent_shape)
-        self.decoder = Decoder(config.decoder, channels=config.encoder.width, grid=config.encoder.grid)
+        channels, grid, _ = config.encoder.latent_shape
+        self.decoder = Decoder(config.decoder, channels=channels, grid=grid)
         mean, std = config.encoder.pixel_stats()
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
@@ -80,14 +83,23 @@ class LatentDecoder(_Normalised):
         return pixels * self.pixel_std + self.pixel_mean
 
 
-def load_latent_encoder(config: AutoencoderConfig, root: str) -> LatentEncoder:
+def load_latent_encoder(config: AutoencoderConfig, root: str, process_index: int = 0) -> LatentEncoder:
     """The encoder with its weights, and the statistics if the configuration names them.
+
+    ``process_index``: only process 0 of a pod fetches published weights.
 
     Raises:
         UserError: a file is missing or does not fit.
     """
-    module = LatentEncoder(config.encoder)
-    _load(module.encoder, config.encoder.weights, root, "autoencoder.encoder.weights")
+    key = "autoencoder.encoder.weights"
+    encoder = config.encoder
+    if encoder.weights is not None:
+        path = storage.resolve(root, encoder.weights)
+    elif encoder.has_own_sizes:
+        raise UserError(f"{key}: required for an encoder with sizes of its own; give a safetensors file")
+    else:
+        path = pretrained_weights(encoder.timm_model, root, key, process_index)
+    module = LatentEncoder(load_encoder(encoder, path, key))
     _load_stats(module, config, root)
     return module
 
@@ -98,16 +110,13 @@ def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:
     Raises:
         UserError: a file is missing or does not fit.
     """
-    module = LatentDecoder(config)
-    _load(module.decoder, config.decoder.weights, root, "autoencoder.decoder.weights")
+    key = "autoencoder.decoder.weights"
+    if config.decoder.weights is None:
+        raise UserError(f"{key}: required here; give a safetensors file, or a released .pt")
+    module = on_meta(lambda: LatentDecoder(config))
+    load_weights(module.decoder, storage.resolve(root, config.decoder.weights), key)
     _load_stats(module, config, root)
     return module
-
-
-def _load(module: nn.Module, weights: str | None, root: str, key: str) -> None:
-    if weights is None:
-        raise UserError(f"{key}: required here; give the safetensors file")
-    load_weights(module, storage.resolve(root, weights), key)
 
 
 def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> None:
@@ -115,7 +124,7 @@ def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> No
         return
     key = "autoencoder.latent_stats"
     path = storage.resolve(root, config.latent_stats)
-    stats = storage.read_tensors(path, key)
+    stats = read_weights(path, key)
     shape = list(config.encoder.latent_shape)
     for name in ("mean", "variance"):
         if name not in stats or list(stats[name].shape) != shape:

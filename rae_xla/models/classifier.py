@@ -31,7 +31,7 @@ class EncoderClassifier(nn.Module):
     def __init__(self, config: EncoderConfig, num_classes: int) -> None:
         super().__init__()
         self.encoder = Encoder(config)
-        self.head = nn.Linear(config.width, num_classes)
+        self.head = nn.Linear(config.latent_shape[0], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, K]."""

@@ -7,25 +7,46 @@ Source: arXiv 2510.11690, section 3; layout and initialisation of MAE's decoder 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rae_xla.config import Config
-from rae_xla.models.layers import Attention, sincos_positions
+from rae_xla.config import Config, sizes_by_name
+from rae_xla.models.layers import Attention, init_linear, sincos_positions
 
 LAYER_NORM_EPS = 1e-12
 
 
-class DecoderConfig(Config):
-    """Sizes of a decoder. ``weights``: a safetensors file, inside the recipe's ``root``."""
+# The decoders of the paper, table 2.
+DECODER_SIZES = {
+    "vit_b": {"patch_size": 16, "width": 768, "depth": 12, "num_heads": 12, "mlp_width": 3072},
+    "vit_l": {"patch_size": 16, "width": 1024, "depth": 24, "num_heads": 16, "mlp_width": 4096},
+    "vit_xl": {"patch_size": 16, "width": 1152, "depth": 28, "num_heads": 16, "mlp_width": 4096},
+}
 
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
-    mlp_width: int
+
+class DecoderConfig(Config):
+    """Sizes of a decoder: a ``name`` (vit_b, vit_l, vit_xl) or each of them; one that is given wins over the name's.
+
+    An image side is ``patch_size`` times the latent's grid: 16 gives 256 px from 16x16 tokens, 32 gives 512 px.
+    ``weights``: safetensors, or the released ``.pt``; inside the recipe's ``root`` if relative.
+    """
+
+    name: str | None = None
+    patch_size: int = Field(gt=0)
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    mlp_width: int = Field(gt=0)
     weights: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        return sizes_by_name(content, DECODER_SIZES)
 
 
 class DecoderBlock(nn.Module):
@@ -64,8 +85,7 @@ class Decoder(nn.Module):
         """Xavier weights and zero biases in every linear layer; the class token starts at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                init_linear(module)
 
     def forward(self, features: Tensor) -> Tensor:
         """features float32 [B, C, h, w] -> float32 [B, 3, h * p, w * p]."""

@@ -11,34 +11,47 @@ every block. Numerically equal to the released code; `convert` maps the released
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rae_xla.config import Config
+from rae_xla.config import sizes_by_name
+from rae_xla.models.dit import DIT_SIZES, DiTConfig
 from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
     ModulatedOutput,
     RotaryEmbedding2D,
     TimeEmbedder,
+    init_linear,
     sincos_positions,
 )
 
+HEAD = {"head_width": 2048, "head_depth": 2, "head_num_heads": 16}
+DIT_DH_SIZES = {name.replace("dit_", "dit_dh_"): {**sizes, **HEAD} for name, sizes in DIT_SIZES.items()}
 
-class DiTDHConfig(Config):
-    """Sizes of a DiT^DH: the backbone's, then the head's.
 
-    ``condition_init_std`` is the standard deviation that label vectors start with. Released: 0.02, which a long
-    training grows; a run of a thousand steps never hears its labels at that size.
+class DiTDHConfig(DiTConfig):
+    """Sizes of a DiT^DH, as for a DiT: of the backbone, then of the head.
+
+    Names: dit_dh_s, dit_dh_b, dit_dh_l, dit_dh_xl.
     """
 
-    width: int
-    depth: int
-    num_heads: int
-    head_width: int
-    head_depth: int
-    head_num_heads: int
-    condition_init_std: float = 0.02
+    head_width: int = Field(gt=0)
+    head_depth: int = Field(gt=0)
+    head_num_heads: int = Field(gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        return sizes_by_name(content, DIT_DH_SIZES)
+
+    @property
+    def narrowest_width(self) -> int:
+        """See `DiTConfig`; only the head has to be wide."""
+        return self.head_width
 
 
 class DiTDH(nn.Module):
@@ -71,8 +84,7 @@ class DiTDH(nn.Module):
         Everything else keeps PyTorch's default.
         """
         for embedding in (self.backbone_input, self.head_input):
-            nn.init.xavier_uniform_(embedding.weight)
-            nn.init.zeros_(embedding.bias)
+            init_linear(embedding)
         for module in (self.time_embedder, self.output, *self.backbone, *self.head):
             module.init_weights()
         nn.init.normal_(self.label_embedder.table.weight, std=self.condition_init_std)
@@ -93,9 +105,3 @@ class DiTDH(nn.Module):
         for block in self.head:
             y = block(y, condition, self.head_rotary)
         return self.output(y, condition).float().transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-def create_dit_dh(config: DiTDHConfig, latent_shape: tuple[int, int, int], num_classes: int) -> DiTDH:
-    """A DiT^DH for latents of this [C, h, w]."""
-    channels, grid, _ = latent_shape
-    return DiTDH(config, channels=channels, grid=grid, num_classes=num_classes)

@@ -3,44 +3,151 @@
 B batch, C channels, h = w = grid of patch tokens, N = h * w, p patch size in pixels.
 
 Source: arXiv 2510.11690, section 3. Class and register tokens are dropped; the final LayerNorm has no learned scale.
+
+The released autoencoders were made with the Hugging Face ports of these encoders, and the numbers here are the ports'
+(tests/test_encoders.py, 1e-5). Where timm differs, this file follows the port: SigLIP's GELU is the tanh approximation,
+MAE's norms have eps 1e-12, and position embeddings are resampled as the port does it, once, when weights are loaded:
+bicubic, with antialiasing for DINOv2 and without for SigLIP and MAE.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import timm
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rae_xla.config import Config
+from rae_xla.errors import UserError
+from rae_xla.models.convert.encoders import is_port, timm_from_port
+from rae_xla.models.convert.files import read_weight_file
+from rae_xla.models.loading import assign_weights, on_meta
+from rae_xla.models.resize import resize_bicubic
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderRow:
+    """timm's model, the input size its autoencoder was trained at, and where the port differs from timm."""
+
+    timm_model: str
+    input_size: int
+    norm_eps: float = 1e-6
+    antialias_positions: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+ENCODERS = {
+    "dinov2_s": EncoderRow(
+        timm_model="vit_small_patch14_reg4_dinov2.lvd142m", input_size=224, antialias_positions=True
+    ),
+    "dinov2_b": EncoderRow(timm_model="vit_base_patch14_reg4_dinov2.lvd142m", input_size=224, antialias_positions=True),
+    "dinov2_l": EncoderRow(
+        timm_model="vit_large_patch14_reg4_dinov2.lvd142m", input_size=224, antialias_positions=True
+    ),
+    "siglip2_b": EncoderRow(
+        timm_model="vit_base_patch16_siglip_256.v2_webli", input_size=256, options={"act_layer": "gelu_tanh"}
+    ),
+    "mae_b": EncoderRow(timm_model="vit_base_patch16_224.mae", input_size=256, norm_eps=1e-12),
+}
 
 
 class EncoderConfig(Config):
-    """Any vision transformer of timm by its sizes. ``weights``: a safetensors file, inside the recipe's ``root``."""
+    """One of `ENCODERS` by name, or ``timm_vit``: any vision transformer of timm by its ``timm_model``.
 
-    name: Literal["timm_vit"]
-    input_size: int
-    patch_size: int
-    width: int
-    depth: int
-    num_heads: int
+    ``input_size``: the side that images are resized to; the named ones have a default. The sizes below it replace those
+    of a ``timm_vit``, which then has no pretrained weights. ``weights``: safetensors of timm, of the transformers port
+    or trained here, inside the recipe's ``root`` if relative; ``null`` fetches timm's from the Hugging Face hub.
+    """
+
+    name: Literal["dinov2_s", "dinov2_b", "dinov2_l", "siglip2_b", "mae_b", "timm_vit"]
+    timm_model: str
+    input_size: int = Field(gt=0)
+    patch_size: int | None = Field(default=None, gt=0)
+    width: int | None = Field(default=None, gt=0)
+    depth: int | None = Field(default=None, gt=0)
+    num_heads: int | None = Field(default=None, gt=0)
     weights: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, content: Any) -> Any:
+        row = ENCODERS.get(str(content.get("name"))) if isinstance(content, dict) else None
+        if row is None:
+            return content
+        own = {"patch_size", "width", "depth", "num_heads"} & {k for k, v in content.items() if v is not None}
+        if own or content.get("timm_model", row.timm_model) != row.timm_model:
+            raise ValueError(f"{', '.join(sorted(own)) or 'timm_model'}: only for name: timm_vit")
+        return {"timm_model": row.timm_model, "input_size": row.input_size, **content}
+
+    @model_validator(mode="after")
+    def _buildable(self) -> EncoderConfig:
+        if not timm.is_model(self.timm_model) or timm.get_pretrained_cfg(self.timm_model) is None:
+            raise ValueError(f"timm_model: timm has no {self.timm_model!r}")
+        patch_size = _shape_facts(self)[0]
+        if self.input_size % patch_size:
+            raise ValueError(f"input_size: {self.input_size} is not a multiple of the patch size {patch_size}")
+        return self
+
     @property
-    def grid(self) -> int:
-        """Patches along a side."""
-        return self.input_size // self.patch_size
+    def row(self) -> EncoderRow:
+        """How to build it."""
+        return ENCODERS.get(self.name) or EncoderRow(timm_model=self.timm_model, input_size=self.input_size)
+
+    @property
+    def timm_options(self) -> dict[str, Any]:
+        """What timm's ``create_model`` is given."""
+        row = self.row
+        sizes = {
+            "patch_size": self.patch_size,
+            "embed_dim": self.width,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+        }
+        return {
+            **row.options,
+            **{name: size for name, size in sizes.items() if size is not None},
+            "img_size": self.input_size,
+            "norm_layer": partial(nn.LayerNorm, eps=row.norm_eps),
+            "num_classes": 0,
+            "global_pool": "",
+        }
+
+    @property
+    def has_own_sizes(self) -> bool:
+        """Whether its sizes are not those of timm's pretrained model."""
+        return any(size is not None for size in (self.patch_size, self.width, self.depth, self.num_heads))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """[C, h, w] of a latent."""
-        return self.width, self.grid, self.grid
+        patch_size, width = _shape_facts(self)
+        grid = self.input_size // patch_size
+        return width, grid, grid
 
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, [3, 1, 1] each, of the pixel space the encoder reads and the decoder writes."""
-        return torch.full((3, 1, 1), 0.5), torch.full((3, 1, 1), 0.5)
+        pretrained = timm.get_pretrained_cfg(self.timm_model)
+        assert pretrained is not None  # checked when the configuration was made
+        mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (pretrained.mean, pretrained.std))
+        return mean, std
+
+
+@lru_cache
+def _shape_facts(config: EncoderConfig) -> tuple[int, int]:
+    """Patch size and width, as timm builds it. At timm's own input size: the recipe's may not be divisible."""
+    options = {**config.timm_options, "depth": 1}
+    del options["img_size"]
+    with torch.device("meta"):
+        backbone: Any = timm.create_model(config.timm_model, **options)
+    if not hasattr(backbone, "patch_embed") or getattr(backbone, "pos_embed", None) is None:
+        raise ValueError(f"timm_model: {config.timm_model} is not a plain vision transformer with position embeddings")
+    return backbone.patch_embed.patch_size[0], backbone.embed_dim
 
 
 class Encoder(nn.Module):
@@ -51,30 +158,69 @@ class Encoder(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        if config.input_size % config.patch_size:
-            raise ValueError(f"input_size {config.input_size} is not a multiple of patch_size {config.patch_size}")
         self.config = config
-        self.backbone: Any = timm.create_model(
-            "vit_tiny_patch16_224",
-            img_size=config.input_size,
-            patch_size=config.patch_size,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            num_classes=0,
-            global_pool="",
-        )
+        self.backbone: Any = timm.create_model(config.timm_model, **config.timm_options)
         # The released autoencoders replace the last norm's scale and shift by none at all.
-        self.backbone.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+        self.backbone.norm = nn.LayerNorm(config.latent_shape[0], eps=config.row.norm_eps, elementwise_affine=False)
         mean, std = config.pixel_stats()
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1] -> float32 [B, C, h, w], each token of zero mean and unit variance."""
-        size = (self.config.input_size, self.config.input_size)
-        if images.shape[2:] != size:
-            images = functional.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        pixels = ((images - self.pixel_mean) / self.pixel_std).to(next(self.backbone.parameters()).dtype)
+        size = self.config.input_size
+        if images.shape[2:] != (size, size):
+            images = resize_bicubic(images, size)
+        pixels = ((images - self.pixel_mean) / self.pixel_std).to(self.backbone.pos_embed.dtype)
         tokens = self.backbone.forward_features(pixels)[:, self.backbone.num_prefix_tokens :]
-        return tokens.float().transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))
+        return tokens.float().transpose(1, 2).unflatten(2, self.config.latent_shape[1:])
+
+
+def load_encoder(config: EncoderConfig, path: str, key: str) -> Encoder:
+    """The encoder with the weights of a file: timm's, a transformers port's, or an encoder trained here.
+
+    What features do not need is left out; positions of another grid are resampled.
+
+    Raises:
+        UserError: the file is unreadable or of another model; names ``key``, the file and the difference.
+    """
+    encoder = on_meta(lambda: Encoder(config))
+    tensors = read_weight_file(path, key).tensors
+    try:
+        tensors = timm_from_port(tensors) if is_port(tensors) else tensors
+        tensors = _fitted(tensors, encoder)
+    except ValueError as error:
+        raise UserError(f"{key}: {path}: {error}") from error
+    assign_weights(encoder, tensors, path, key)
+    return encoder.requires_grad_(False)
+
+
+def _fitted(tensors: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
+    backbone = {name.removeprefix("backbone."): value for name, value in tensors.items()}
+    unused = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
+    kept = {name: value for name, value in backbone.items() if not name.startswith(unused)}
+    if "pos_embed" in kept:
+        model, config = encoder.backbone, encoder.config
+        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        grid, antialias = config.latent_shape[1], config.row.antialias_positions
+        kept["pos_embed"] = resample_positions(kept["pos_embed"], grid, num_prefix, antialias)
+    return {f"backbone.{name}": value for name, value in kept.items()}
+
+
+def resample_positions(positions: Tensor, grid: int, num_prefix: int, antialias: bool) -> Tensor:
+    """Position embeddings [1, P + n * n, D] -> [1, P + grid * grid, D]; the P prefix positions stay as they are.
+
+    Raises:
+        ValueError: the positions do not form a square.
+    """
+    prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
+    side = round(patches.shape[1] ** 0.5)
+    if side * side != patches.shape[1]:
+        raise ValueError(f"pos_embed: {patches.shape[1]} positions do not form a square")
+    if side == grid:
+        return positions
+    square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()
+    square = functional.interpolate(
+        square, size=(grid, grid), mode="bicubic", align_corners=False, antialias=antialias
+    ).to(positions.dtype)
+    return torch.cat([prefix, square.flatten(2).transpose(1, 2)], dim=1)

@@ -2,6 +2,9 @@
 
 B batch, N tokens, D width, H heads, K = D / H width of a head, C channels of a latent token.
 
+Fixed tables (positions, rotary angles) are computed on the host even where parameters are made on the meta device, so
+that a module made there is whole once its weights are assigned.
+
 Source: LightningDiT as used in arXiv 2510.11690 (RMSNorm, SwiGLU, 2-D rotary embedding, adaLN); the position
 embeddings are those of MAE (arXiv 2111.06377).
 """
@@ -25,10 +28,17 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     """
     if width % 4:
         raise ValueError(f"position embeddings need a width that is a multiple of 4, got {width}")
-    frequencies = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    rows, columns = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
-    angles = [positions.flatten()[:, None] * frequencies for positions in (columns, rows)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+    with torch.device("cpu"):
+        frequencies = 1.0 / 10000.0 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+        rows, columns = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
+        angles = [positions.flatten()[:, None] * frequencies for positions in (columns, rows)]
+        return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+
+
+def init_linear(layer: nn.Linear) -> None:
+    """Xavier weights, zero biases."""
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 class RMSNorm(nn.Module):
@@ -59,11 +69,12 @@ class RotaryEmbedding2D(nn.Module):
         if head_width % 4:
             raise ValueError(f"2-D rotary embedding needs a head width that is a multiple of 4, got {head_width}")
         per_axis = head_width // 2
-        frequencies = 1.0 / theta ** (torch.arange(0, per_axis, 2).float() / per_axis)
-        angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
-        rows = angles[:, None, :].expand(grid, grid, per_axis)
-        columns = angles[None, :, :].expand(grid, grid, per_axis)
-        both = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_width)
+        with torch.device("cpu"):
+            frequencies = 1.0 / theta ** (torch.arange(0, per_axis, 2).float() / per_axis)
+            angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
+            rows = angles[:, None, :].expand(grid, grid, per_axis)
+            columns = angles[None, :, :].expand(grid, grid, per_axis)
+            both = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_width)
         self.register_buffer("cos", both.cos(), persistent=False)
         self.register_buffer("sin", both.sin(), persistent=False)
 

@@ -1,15 +1,15 @@
-"""Modules with their weights: made from a seed, or read from a safetensors file and checked key by key."""
+"""Modules with their weights: made from a seed, or read from a file and checked key by key."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from rae_xla import storage
 from rae_xla.errors import UserError
+from rae_xla.models.convert.files import read_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,23 +25,35 @@ def initialised(make: Callable[[], M], seed: int) -> M:
     return module.requires_grad_(True)
 
 
-def load_weights(module: nn.Module, path: str, key: str, prefix: str = "") -> None:
-    """Fill ``module`` from a safetensors file. ``prefix``: take only the file's keys that start with it.
+def on_meta(make: Callable[[], M]) -> M:
+    """``make()`` without storage for its parameters, to be filled by `load_weights`."""
+    with torch.device("meta"):
+        return make()
+
+
+def load_weights(module: nn.Module, path: str, key: str, backbone_depth: int | None = None) -> None:
+    """Fill ``module`` from a file, ours or released; ``backbone_depth`` as in `from_released`.
 
     Raises:
         UserError: unreadable, or keys or shapes differ; names ``key``, the file and the difference.
     """
-    found = storage.read_tensors(path, key)
-    found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-    wanted = module.state_dict()
-    problems = _differences(found, wanted)
+    assign_weights(module, read_weights(path, key, backbone_depth), path, key)
+
+
+def assign_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, key: str) -> None:
+    """Make these tensors, which come from ``path``, the module's own, as float32.
+
+    Raises:
+        UserError: keys or shapes differ; names ``key``, the file and the difference.
+    """
+    problems = _differences(found, module.state_dict())
     if problems:
         shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(f"{key}: {path} does not fit this model: {shown}")
-    module.load_state_dict(found)
+    module.load_state_dict({name: value.float() for name, value in found.items()}, assign=True)
 
 
-def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
+def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
     missing = [f"{name} is missing" for name in sorted(set(wanted) - set(found))]
     unexpected = [f"{name} is not expected" for name in sorted(set(found) - set(wanted))]
     shapes = [
@@ -49,4 +61,4 @@ def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[st
         for name, value in wanted.items()
         if name in found and found[name].shape != value.shape
     ]
-    return missing + unexpected + shapes
+    return shapes + missing + unexpected

@@ -10,27 +10,35 @@ from torch import Tensor
 
 from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
-from rae_xla.models.autoencoder import LatentDecoder, load_latent_encoder
+from rae_xla.models.autoencoder import LatentDecoder, load_latent_decoder, load_latent_encoder
+from rae_xla.models.convert.released import layout_of
 from rae_xla.models.functional import buffers_of, call, tensors_of
 from rae_xla.models.loading import initialised
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import AutoencoderRecipe, LatentNoiseConfig
+from rae_xla.runtime import Runtime
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.update import initial_state, make_update
 
 
-def autoencoder_task(recipe: AutoencoderRecipe, compute_dtype: torch.dtype) -> TrainingTask:
-    """The decoder learns to undo the encoder, from features with noise of random size added."""
+def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTask:
+    """The decoder learns to undo the encoder, from features with noise of random size added.
+
+    Where the recipe names weights of the decoder, training starts from them.
+    """
     images = open_source(recipe.data, "train")
-    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
-    module = initialised(lambda: LatentDecoder(recipe.autoencoder), recipe.seed)
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
+    if recipe.autoencoder.decoder.weights is None:
+        module = initialised(lambda: LatentDecoder(recipe.autoencoder), recipe.seed)
+    else:
+        module = load_latent_decoder(recipe.autoencoder, recipe.root)
     steps_per_epoch = len(images) / recipe.data.batch_size
 
     def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         original = to_unit(batch["images"])
         with torch.no_grad():
-            features = call(encoder, frozen["encoder"], compute_dtype, original)
+            features = call(encoder, frozen["encoder"], runtime.compute_dtype, original)
             noise = latent_noise(recipe.latent_noise, recipe.seed, batch["positions"], features.shape)
         difference = model(features + noise) - original
         return difference.abs().mean(), {"mean_squared_error": difference.square().mean()}
@@ -41,8 +49,9 @@ def autoencoder_task(recipe: AutoencoderRecipe, compute_dtype: torch.dtype) -> T
         num_steps=total_steps(recipe.train, steps_per_epoch),
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
-        update=make_update(module, loss, recipe.train, steps_per_epoch, compute_dtype),
+        update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
         export=lambda state: {name.removeprefix("decoder."): value for name, value in state["ema"].items()},
+        about={"layout": layout_of(module.decoder).as_json()},
     )
 
 

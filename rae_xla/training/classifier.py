@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,12 +14,13 @@ from rae_xla.models.classifier import EncoderClassifier, create_classifier
 from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import ClassifierRecipe
+from rae_xla.runtime import Runtime
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.update import initial_state, make_update
 
 
-def classifier_task(recipe: ClassifierRecipe, compute_dtype: torch.dtype) -> TrainingTask:
+def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
     """Cross-entropy on the source's labels. What is exported of an encoder is the encoder without its head."""
     images = open_source(recipe.data, "train")
     module = initialised(lambda: create_classifier(recipe.model, images.num_classes), recipe.seed)
@@ -44,6 +44,6 @@ def classifier_task(recipe: ClassifierRecipe, compute_dtype: torch.dtype) -> Tra
         num_steps=total_steps(recipe.train, steps_per_epoch),
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
-        update=make_update(module, loss, recipe.train, steps_per_epoch, compute_dtype),
+        update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
         export=export,
     )

@@ -14,11 +14,15 @@ from rae_xla.data.transforms import to_unit
 from rae_xla.flow.objective import flow_matching_loss, interpolate
 from rae_xla.flow.schedule import training_times
 from rae_xla.models.autoencoder import load_latent_encoder
-from rae_xla.models.dit_dh import DiTDHConfig, create_dit_dh
+from rae_xla.models.convert.released import layout_of
+from rae_xla.models.diffusion import DiffusionModel, create_diffusion_model, load_diffusion_model
+from rae_xla.models.dit import DiTConfig
+from rae_xla.models.dit_dh import DiTDHConfig
 from rae_xla.models.functional import buffers_of, call, tensors_of
 from rae_xla.models.loading import initialised
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import DiffusionRecipe
+from rae_xla.runtime import Runtime
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.update import initial_state, make_update
@@ -26,13 +30,13 @@ from rae_xla.training.update import initial_state, make_update
 logger = logging.getLogger(__name__)
 
 
-def diffusion_task(recipe: DiffusionRecipe, compute_dtype: torch.dtype) -> TrainingTask:
+def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
     """The frozen encoder is part of the step: images in, a velocity loss out."""
     latent_shape = recipe.autoencoder.encoder.latent_shape
     warn_if_narrow(recipe.model, latent_shape[0], "model")
     images = open_source(recipe.data, "train")
-    encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
-    module = initialised(lambda: create_dit_dh(recipe.model, latent_shape, images.num_classes), recipe.seed)
+    encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
+    module = _starting_model(recipe, latent_shape, images.num_classes)
     steps_per_epoch = len(images) / recipe.data.batch_size
     shift = recipe.flow.shift_for(latent_shape)
     logger.info("latents %s, time shift %.4f", list(latent_shape), shift)
@@ -40,7 +44,7 @@ def diffusion_task(recipe: DiffusionRecipe, compute_dtype: torch.dtype) -> Train
     def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch["positions"]
         with torch.no_grad():
-            latents = call(encoder, frozen["encoder"], compute_dtype, to_unit(batch["images"]))
+            latents = call(encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]))
             times = training_times(recipe.flow, shift, recipe.seed, rows)
             noise = normal(recipe.seed, Purpose.FLOW_NOISE, rows, latent_shape)
             dropped = uniform(recipe.seed, Purpose.LABEL_DROPOUT, rows) < recipe.flow.label_dropout
@@ -54,20 +58,32 @@ def diffusion_task(recipe: DiffusionRecipe, compute_dtype: torch.dtype) -> Train
         num_steps=total_steps(recipe.train, steps_per_epoch),
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
-        update=make_update(module, loss, recipe.train, steps_per_epoch, compute_dtype),
+        update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
         export=lambda state: {**module.state_dict(), **state["ema"]},
+        about={"layout": layout_of(module).as_json()},
     )
 
 
-def warn_if_narrow(config: DiTDHConfig, channels: int, key: str) -> None:
-    """Theorem 1: a width below the token width puts a floor under the loss."""
-    if config.head_width < channels:
+def _starting_model(recipe: DiffusionRecipe, latent_shape: tuple[int, int, int], num_classes: int) -> DiffusionModel:
+    if recipe.model.weights is None:
+        return initialised(lambda: create_diffusion_model(recipe.model, latent_shape, num_classes), recipe.seed)
+    path = recipe.path(recipe.model.weights)
+    return load_diffusion_model(recipe.model, latent_shape, num_classes, path, "model.weights")
+
+
+def warn_if_narrow(config: DiTConfig, channels: int, key: str) -> None:
+    """Theorem 1: a width below the token width puts a floor under the loss, see `narrow_width_bound`."""
+    width = config.narrowest_width
+    if width < channels:
         logger.warning(
-            "%s.head_width: %d is below the token width %d; by Theorem 1 of the RAE paper the loss cannot then fall "
-            "below the sum of the smallest %d eigenvalues of Cov(eps - x); use %d or more",
-            key,
-            config.head_width,
+            "%s: %d is below the token width %d; by Theorem 1 of the RAE paper the loss cannot then fall below %.3f, "
+            "or a little more (the sum of the smallest %d eigenvalues of Cov(eps - x), each at least 1, over %d); "
+            "use %d or more",
+            f"{key}.{'head_width' if isinstance(config, DiTDHConfig) else 'width'}",
+            width,
             channels,
-            channels - config.head_width,
+            (channels - width) / channels,
+            channels - width,
+            channels,
             channels,
         )

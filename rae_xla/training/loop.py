@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,8 @@ class TrainingTask:
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
     export: Callable[[dict[str, Any]], dict[str, Tensor]]
     """EMA weights and whatever else the model needs, from a state on the host."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What the exported weights' file says of the model, besides task and step."""
 
 
 def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         "runtime": runtime.describe(),
     }
     if runtime.process_index == 0:
-        about = {"task": task.name, "step": task.num_steps, "kind": "ema", "version": __version__}
+        about = {"task": task.name, "step": task.num_steps, "kind": "ema", "version": __version__, **task.about}
         storage.write_tensors(storage.join(run_dir, WEIGHTS_FILE), weights, about)
         storage.write_json(storage.join(run_dir, "report.json"), report)
     return report

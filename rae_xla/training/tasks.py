@@ -22,8 +22,8 @@ def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
 
 def _task(recipe: TrainingRecipe, runtime: Runtime) -> TrainingTask:
     if isinstance(recipe, ClassifierRecipe):
-        return classifier_task(recipe, runtime.compute_dtype)
+        return classifier_task(recipe, runtime)
     if isinstance(recipe, AutoencoderRecipe):
-        return autoencoder_task(recipe, runtime.compute_dtype)
+        return autoencoder_task(recipe, runtime)
     assert isinstance(recipe, DiffusionRecipe), type(recipe)
-    return diffusion_task(recipe, runtime.compute_dtype)
+    return diffusion_task(recipe, runtime)

@@ -1,0 +1,51 @@
+"""Encoders' published weights: fetched once from the Hugging Face hub, kept under the recipe's ``root``."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import timm
+
+from rae_xla import storage
+from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+WAIT_SECONDS = 1800.0
+
+
+def pretrained_weights(
+    timm_model: str, root: str, key: str, process_index: int = 0, wait_seconds: float = WAIT_SECONDS
+) -> str:
+    """The path of a timm model's published weights, ``ROOT/pretrained/TIMM_MODEL.safetensors``.
+
+    Process 0 alone talks to the hub and writes the file, if it is not there; the others wait for it.
+
+    Raises:
+        UserError: no network or no such model, or process 0 did not deliver in time; names ``key`` and the remedy.
+    """
+    path = storage.join(root, "pretrained", f"{timm_model}.safetensors")
+    if process_index == 0:
+        if not storage.exists(path):
+            _fetch(timm_model, path, key)
+        return path
+    deadline = time.monotonic() + wait_seconds
+    while not storage.exists(path):
+        if time.monotonic() > deadline:
+            raise UserError(f"{key}: process 0 has not written {path}; root must be a place that all hosts share")
+        time.sleep(min(5.0, wait_seconds))
+    return path
+
+
+def _fetch(timm_model: str, path: str, key: str) -> None:
+    logger.info("fetching %s from the Hugging Face hub into %s", timm_model, path)
+    try:
+        backbone = timm.create_model(timm_model, pretrained=True)
+    # The hub's errors are OSErrors; timm has RuntimeErrors for a model without weights.
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{key}: {timm_model} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
+            f"with no network, put timm's or transformers' safetensors somewhere and give its path here"
+        ) from error
+    storage.write_tensors(path, backbone.state_dict())
