@@ -9,14 +9,23 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rae_xla.errors import UserError
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is a --help away."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
 def parser(description: str, *, recipe: bool = True) -> argparse.ArgumentParser:
     """A parser with ``--json``, and with RECIPE and overrides unless ``recipe`` is false."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = _OneLineParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if recipe:
         add_recipe_arguments(made)
     made.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
@@ -30,16 +39,21 @@ def add_recipe_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.ArgumentParser) -> None:
-    """Parse, run, write ``--json``, exit: 0, or 2 with one line on stderr for a user's mistake."""
+    """Parse, run, write ``--json``, exit: 0, or 2 with one line on stderr for a user's mistake, 1 for anything else."""
     # Options may stand between the overrides.
     arguments = made.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        if arguments.json and Path(arguments.json).is_dir():
+            raise UserError(f"--json: {arguments.json} is a directory; give a file")
         result = main(arguments)
         if arguments.json:
             from rae_xla import storage
 
             storage.write_json(arguments.json, result)
+    except KeyboardInterrupt:
+        print(f"{made.prog}: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
     except UserError as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -19,18 +19,21 @@ from rae_xla.errors import UserError
 class Config(BaseModel):
     """A frozen, keyword-only, strictly typed object; unknown keys fail."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a YAML file, with the file named under ``base`` merged below it.
 
-    ``base`` is relative to the file that names it; lists and scalars replace, mappings merge.
+    ``base`` is relative to the file that names it; how they merge is said at `merge`. ``above`` are the files that led
+    here.
 
     Raises:
-        UserError: no such file, not YAML, or not a mapping.
+        UserError: no such file, not YAML, not a mapping, or its own base.
     """
     file = Path(path)
+    if file.resolve() in above:
+        raise UserError(f"{path}: is its own base, by way of {above[-1]}")
     try:
         content = yaml.safe_load(file.read_text())
     except OSError as error:
@@ -42,23 +45,31 @@ def read_yaml(path: str) -> dict[str, Any]:
     base = content.pop("base", None)
     if base is None:
         return content
-    return merge(read_yaml(str(file.parent / str(base))), content)
+    return merge(read_yaml(str(file.parent / str(base)), (*above, file.resolve())), content)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``above`` laid over ``below``: mappings merge key by key, anything else replaces."""
+    """``above`` laid over ``below``: mappings merge key by key, anything else replaces.
+
+    A mapping that chooses another ``name`` or ``method`` replaces too: what was said of the old choice is not about it.
+    """
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        old = merged.get(key)
+        merges = isinstance(value, dict) and isinstance(old, dict) and not _chooses_another(old, value)
+        merged[key] = merge(merged[key], value) if merges else value
     return merged
+
+
+def _chooses_another(below: dict[str, Any], above: dict[str, Any]) -> bool:
+    return any(choice in above and above[choice] != below.get(choice) for choice in ("name", "method"))
 
 
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """``content`` with every ``key.sub=value`` applied; the value is read as YAML.
 
     Raises:
-        UserError: an override without ``=``, with a value that is no YAML, or that reaches into a scalar.
+        UserError: an override without ``=``, or with a value that is no YAML.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -106,7 +117,8 @@ def _describe(finding: Any, model: type[BaseModel], content: Any) -> str:
     if finding["type"] == "float_type" and isinstance(value, str) and _is_number(value):
         return f"{key}: YAML reads {value} as text; write {_dotted(float(value))} with a dot before the e"
     if finding["type"] == "value_error":
-        return f"{key}: {finding['ctx']['error']}"
+        # About several keys, the message names them itself.
+        return f"{key}: {finding['ctx']['error']}" if location else str(finding["ctx"]["error"])
     return f"{key}: {finding['msg'][0].lower()}{finding['msg'][1:]}, got {value!r}"
 
 

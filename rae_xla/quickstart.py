@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,9 +30,13 @@ def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str
     Raises:
         UserError: an override does not fit a recipe.
     """
-    if num_images < 1:
-        raise UserError(f"--num-images: must be at least 1, got {num_images}")
-    laid_over = [*overrides, f"root={root}"]
+    if num_images < 20:
+        raise UserError(f"--num-images: must be at least 20, two of each class, got {num_images}")
+    taken = [override for override in overrides if override.partition("=")[0] in ("root", "run_dir", "task", "data")]
+    if taken:
+        raise UserError(f"{taken[0]}: the quickstart's steps need each their own; --out says where everything goes")
+    # JSON is YAML, and a directory called 2026 stays text.
+    laid_over = [*overrides, f"root={json.dumps(root)}"]
     names = (*TRAININGS, "latent_stats", *[f"sample_{mode}" for mode in GUIDANCE], "evaluation")
     recipes = {name: load_recipe(str(RECIPES / f"{name}.yaml"), laid_over) for name in names}
     common = recipes["diffusion"]
@@ -53,8 +58,7 @@ def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str
     scores = []
     for mode in GUIDANCE:
         recipe, directory = recipes[f"sample_{mode}"], storage.join(root, "samples", mode)
-        options = {"labels": None, "num_images": num_images, "seed": recipe.seed}
-        timed(f"sample {mode}", write_sample_set, recipe, made, directory, **options)
+        timed(f"sample {mode}", write_sample_set, recipe, made, directory, num_images=num_images, seed=recipe.seed)
         samples = storage.join(directory, "samples.npz")
         scored = timed(f"score {mode}", evaluate_generation, recipes["evaluation"], made, samples)
         scores.append({"mode": mode, **scored})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -28,7 +29,7 @@ class CommonRecipe(Config):
     """What every task has. Relative paths in a recipe are inside ``root``, which may be a ``gs://`` URL."""
 
     root: str = "."
-    seed: int
+    seed: int = Field(ge=0, lt=2**63)
     runtime: Literal["xla", "eager"] = "xla"
     mesh: MeshConfig = MeshConfig()
     precision: Precision = "fp32"
@@ -37,12 +38,21 @@ class CommonRecipe(Config):
         """A path of this recipe, made absolute by its ``root``."""
         return storage.resolve(self.root, path)
 
+    def paths(self, files: Mapping[str, str | None]) -> dict[str, str]:
+        """The files that are named, by the same keys, made absolute."""
+        return {key: self.path(file) for key, file in files.items() if file is not None}
+
 
 class RunRecipe(CommonRecipe):
     """A task that reads a data set and leaves a run directory."""
 
     run_dir: str
     data: DataConfig
+
+    @property
+    def weights_file(self) -> str:
+        """What a training leaves, inside ``root``."""
+        return storage.join(self.run_dir, "weights.safetensors")
 
 
 class TrainingRecipe(RunRecipe):
@@ -59,6 +69,12 @@ class ClassifierRecipe(TrainingRecipe):
     task: Literal["classifier"]
     model: Annotated[EncoderConfig | ConvNetConfig, Field(discriminator="name")]
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _from_scratch(self) -> ClassifierRecipe:
+        if self.model.weights is not None:
+            raise ValueError("model.weights: must be null here, a classifier is trained from nothing")
+        return self
 
 
 class LatentNoiseConfig(Config):
@@ -79,9 +95,9 @@ class AutoencoderRecipe(TrainingRecipe):
     latent_noise: LatentNoiseConfig
 
     @model_validator(mode="after")
-    def _raw_features(self) -> AutoencoderRecipe:
-        if self.autoencoder.latent_stats is not None:
-            raise ValueError("autoencoder.latent_stats must be null here: the decoder learns from raw features")
+    def _fits(self) -> AutoencoderRecipe:
+        _check_raw_features(self.autoencoder)
+        _check_image_size(self.autoencoder, self.data.image_size)
         return self
 
 
@@ -90,6 +106,11 @@ class LatentStatsRecipe(RunRecipe):
 
     task: Literal["latent_stats"]
     autoencoder: AutoencoderConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> LatentStatsRecipe:
+        _check_raw_features(self.autoencoder)
+        return self
 
 
 class DiffusionRecipe(TrainingRecipe):
@@ -125,6 +146,25 @@ class EvaluationRecipe(RunRecipe):
     autoencoder: AutoencoderConfig
     judge: ConvNetConfig
 
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluationRecipe:
+        _check_image_size(self.autoencoder, self.data.image_size)
+        return self
+
+
+def _check_raw_features(autoencoder: AutoencoderConfig) -> None:
+    if autoencoder.latent_stats is not None:
+        raise ValueError("autoencoder.latent_stats: must be null here, where features are taken as they are")
+
+
+def _check_image_size(autoencoder: AutoencoderConfig, image_size: int) -> None:
+    made = autoencoder.image_size
+    if made != image_size:
+        raise ValueError(
+            f"autoencoder.decoder.patch_size: {autoencoder.decoder.patch_size} makes images of {made} pixels, "
+            f"data.image_size is {image_size}"
+        )
+
 
 RECIPES: dict[str, type[CommonRecipe]] = {
     "classifier": ClassifierRecipe,
@@ -153,6 +193,18 @@ def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
         return RECIPES[str(task)].model_validate(content)
     except ValidationError as error:
         raise UserError(describe_errors(error, path, RECIPES[str(task)], content)) from error
+
+
+def load_autoencoder(path: str, overrides: list[str]) -> tuple[AutoencoderConfig, str]:
+    """The autoencoder of any recipe that has one, and the recipe's ``root``.
+
+    Raises:
+        UserError: anything wrong with the recipe, or it has none.
+    """
+    recipe = load_recipe(path, overrides)
+    if not hasattr(recipe, "autoencoder"):
+        raise UserError(f"{path}: a recipe with task {recipe.task} has no autoencoder")
+    return recipe.autoencoder, recipe.root
 
 
 def dump_recipe(recipe: BaseModel) -> str:

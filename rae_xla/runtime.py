@@ -81,8 +81,13 @@ class Runtime(Protocol):
     def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
         """A step that is traced at its first call and replayed from then on."""
 
-    def loop(self, body: Callable[[Tensor, Tensor], Tensor], carry: Tensor, rows: Tensor) -> Tensor:
-        """``carry = body(carry, row)`` for each row, on the device, inside a compiled step; no gradients."""
+    def loop(
+        self, body: Callable[[Tensor, Tensor, Tree], Tensor], carry: Tensor, rows: Tensor, invariants: Tree
+    ) -> Tensor:
+        """``carry = body(carry, row, invariants)`` for each row, on the device, inside a compiled step; no gradients.
+
+        ``body`` reads no other tensors.
+        """
 
     def to_host(self, tree: Tree) -> Tree:
         """Values on the host; waits for them."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import os
 import pickle
 import posixpath
 import uuid
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -34,15 +37,27 @@ def join(directory: str, *names: str) -> str:
     return posixpath.join(directory, *names)
 
 
+def _filesystem(path: str) -> tuple[Any, str]:
+    """fsspec's file system and the path inside it.
+
+    Raises:
+        UserError: a URL whose kind is unknown.
+    """
+    try:
+        return url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{path}: cannot be reached ({error}); give a local path or a gs:// URL") from error
+
+
 def exists(path: str) -> bool:
     """Is there a file or directory of this name?"""
-    filesystem, inner = url_to_fs(path)
+    filesystem, inner = _filesystem(path)
     return bool(filesystem.exists(inner))
 
 
 def list_names(directory: str) -> list[str]:
     """Names inside a directory, sorted; none if it is not there."""
-    filesystem, inner = url_to_fs(directory)
+    filesystem, inner = _filesystem(directory)
     if not filesystem.isdir(inner):
         return []
     return sorted(posixpath.basename(name.rstrip("/")) for name in filesystem.ls(inner, detail=False))
@@ -50,7 +65,7 @@ def list_names(directory: str) -> list[str]:
 
 def remove(path: str) -> None:
     """Delete a file or a directory with all in it."""
-    filesystem, inner = url_to_fs(path)
+    filesystem, inner = _filesystem(path)
     filesystem.rm(inner, recursive=True)
 
 
@@ -66,15 +81,35 @@ def read_json(path: str) -> Any:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-    """Write a whole file; directories are made. An object store writes atomically; a disk gets a file and a rename."""
-    filesystem, inner = url_to_fs(path)
-    filesystem.makedirs(posixpath.dirname(inner), exist_ok=True)
-    if not _is_local(filesystem):
-        filesystem.pipe_file(inner, content)
-        return
-    aside = f"{inner}.{uuid.uuid4().hex[:8]}.partial"
-    filesystem.pipe_file(aside, content)
-    filesystem.mv(aside, inner)
+    """Write a whole file; directories are made. An object store writes atomically; a disk gets a file and a rename.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    filesystem, inner = _filesystem(path)
+    try:
+        filesystem.makedirs(posixpath.dirname(inner), exist_ok=True)
+        if _is_local(filesystem):
+            _write_aside(inner, content)
+        else:
+            filesystem.pipe_file(inner, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another path") from error
+
+
+def _write_aside(path: str, content: bytes) -> None:
+    aside = f"{path}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        Path(aside).write_bytes(content)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+
+
+def content_hash(path: str) -> str:
+    """SHA-256 of a file's content."""
+    with fsspec.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: str, content: str) -> None:
@@ -84,7 +119,7 @@ def write_text(path: str, content: str) -> None:
 
 def write_json(path: str, content: Any) -> None:
     """Indented JSON with a line end."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def read_tensors(path: str, key: str) -> dict[str, Tensor]:
@@ -95,7 +130,7 @@ def read_tensors(path: str, key: str) -> dict[str, Tensor]:
     Raises:
         UserError: missing, or not a safetensors file.
     """
-    filesystem, inner = url_to_fs(path)
+    filesystem, inner = _filesystem(path)
     try:
         return load_safetensors(inner) if _is_local(filesystem) else parse_safetensors(read_bytes(path))
     except OSError as error:
@@ -117,7 +152,7 @@ def read_pickle(path: str, key: str) -> Any:
     Raises:
         UserError: missing, not such a file, or with other objects in it.
     """
-    filesystem, inner = url_to_fs(path)
+    filesystem, inner = _filesystem(path)
     try:
         source = inner if _is_local(filesystem) else io.BytesIO(read_bytes(path))
         return torch.load(source, map_location="cpu", weights_only=True)

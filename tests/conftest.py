@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 
 ROOT = Path(__file__).parent.parent
-GOLDEN = ROOT.parent / "shared" / "golden"
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,9 +29,9 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 @pytest.fixture(scope="session")
 def eight_device_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The whole quickstart, shortened, on eight virtual devices; (its root, what it printed)."""
+    """The whole quickstart, shortened, on eight virtual devices, parameters split over two; (root, what it printed)."""
     root = tmp_path_factory.mktemp("eight")
-    done = run_python("tests/short_quickstart.py", str(root), CPU_NUM_DEVICES="8", PJRT_DEVICE="CPU")
+    done = run_python("tests/short_quickstart.py", str(root), "mesh.fsdp=2", CPU_NUM_DEVICES="8", PJRT_DEVICE="CPU")
     assert done.returncode == 0, done.stderr[-4000:]
     return root, done.stdout
 

@@ -52,20 +52,41 @@ def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
     eager = create("eager", MeshConfig(), "fp32")
     rows = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)) / 3
+    table = torch.tensor([0.1, 0.2, 0.3])[:, None].expand(3, 3).clone()
 
     def run(where: Runtime) -> torch.Tensor:
         def program(state, frozen, batch):
-            def body(x, row):
-                return (x @ frozen["weight"]).sin() * row[0] + row[1]
+            def body(x, row, given):
+                moved = (x @ given["weight"]).sin() * row[0] + 0.25 * row[1]
+                return moved + given["table"][given["labels"]]
 
-            return state, {"x": where.loop(body, batch["x"], frozen["rows"])}
+            given = {**frozen, "labels": batch["labels"]}
+            return state, {"x": where.loop(body, batch["x"], frozen["rows"], given)}
 
-        placed = where.place_state({"weight": weight, "rows": rows})
         step = where.compile(program, "loop")
-        outputs = [step({}, placed, where.place_batch({"x": torch.full((2, 3), v)}))[1] for v in (0.5, 0.9)]
-        return torch.cat([where.to_host(output)["x"] for output in outputs])
+        outputs = []
+        # What the body reads is another tensor at every call: the carry, the batch's labels, the weights.
+        for value, labels, factor in ((0.5, [0, 1], 1.0), (0.5, [2, 0], 1.0), (0.9, [2, 0], 1.0), (0.9, [2, 0], 2.0)):
+            frozen = where.place_state({"weight": weight * factor, "rows": rows, "table": table})
+            batch = {"x": torch.full((2, 3), value), "labels": torch.tensor(labels, dtype=torch.int32)}
+            outputs.append(where.to_host(step({}, frozen, where.place_batch(batch))[1])["x"])
+        return torch.stack(outputs)
 
-    torch.testing.assert_close(run(runtime), run(eager), rtol=1e-5, atol=1e-6)
+    found, expected = run(runtime), run(eager)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (expected[0] - expected[1]).abs().max() > 0.01 and (expected[2] - expected[3]).abs().max() > 0.01
+
+
+def test_a_loop_body_that_closes_over_a_tensor_is_refused(runtime: Runtime) -> None:
+    def program(state, frozen, batch):
+        def body(x, row, given):
+            return x + row * batch["other"]
+
+        return state, {"x": runtime.loop(body, batch["x"], batch["rows"], ())}
+
+    batch = {"x": torch.ones(2, 3), "other": torch.ones(2, 3), "rows": torch.ones(4, 3)}
+    with pytest.raises(RuntimeError, match=r"reads a tensor \[2, 3\] that it was not handed"):
+        runtime.compile(program, "closing")({}, {}, runtime.place_batch(batch))
 
 
 def test_random_numbers_are_those_of_the_host(runtime: Runtime) -> None:

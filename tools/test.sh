@@ -3,7 +3,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 ensure_environment dev
-export PATH="$PWD/.venv/bin:$PATH"
+cd "$project"
+export PATH="$project/.venv/bin:$PATH"
 ruff format --check .
 ruff check .
 mypy

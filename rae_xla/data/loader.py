@@ -57,11 +57,3 @@ class TrainingBatches:
         if self._order is None or self._order[0] != epoch:
             self._order = epoch, np.random.default_rng([self._seed, epoch]).permutation(len(self._images))
         return self._order[1]
-
-
-def padded_batches(num_rows: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Row numbers in batches of one size: (indices [batch_size], weights [batch_size] of 1, or 0 for padding)."""
-    for start in range(0, num_rows, batch_size):
-        indices = np.arange(start, start + batch_size)
-        weights = (indices < num_rows).astype(np.float32)
-        yield np.minimum(indices, num_rows - 1), weights

@@ -6,11 +6,12 @@ A source is one entry in `SOURCES`. Images are [H, W, 3] uint8, labels int64.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from rae_xla.config import Config
 
@@ -20,12 +21,16 @@ SPLIT_SEED = 0
 
 
 class DataConfig(Config):
-    """``batch_size`` is global. ``random_shift_pixels``: images move by up to so many pixels, edges fill with black."""
+    """``batch_size`` is global. ``random_shift_pixels``: images move by up to so many pixels, edges fill with black.
+
+    ``num_images``: only the first so many of the training split, to overfit on; ``null`` takes all.
+    """
 
     source: Literal["digits"]
-    image_size: int
-    batch_size: int
-    random_shift_pixels: int = 0
+    image_size: int = Field(gt=0)
+    batch_size: int = Field(gt=0)
+    random_shift_pixels: int = Field(default=0, ge=0)
+    num_images: int | None = Field(default=None, gt=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,11 @@ class ImageSet:
 
 def open_source(config: DataConfig, split: Split) -> ImageSet:
     """A split of the source that the recipe names."""
-    return SOURCES[config.source](config.image_size, split)
+    images = SOURCES[config.source].open(config.image_size, split)
+    if split == "heldout" or config.num_images is None:
+        return images
+    few = slice(config.num_images)
+    return replace(images, images=images.images[few], labels=images.labels[few])
 
 
 def _digits(image_size: int, split: Split) -> ImageSet:
@@ -66,4 +75,17 @@ def _digits(image_size: int, split: Split) -> ImageSet:
     return ImageSet(images=np.repeat(enlarged[..., None], 3, axis=3), labels=labels.astype(np.int64), num_classes=10)
 
 
-SOURCES: dict[str, Callable[[int, Split], ImageSet]] = {"digits": _digits}
+def num_classes_of(config: DataConfig) -> int:
+    """The number of labels of the source, known without opening it."""
+    return SOURCES[config.source].num_classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """How a source is opened, ``(image_size, split)``, and how many labels it has."""
+
+    open: Callable[[int, Split], ImageSet]
+    num_classes: int
+
+
+SOURCES = {"digits": Source(open=_digits, num_classes=10)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import zipfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -24,15 +24,45 @@ def read_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a sample file.
 
     Raises:
-        UserError: missing, not an npz file, or without ``arr_0`` and ``arr_1``.
+        UserError: missing, not an npz file, without ``arr_0`` and ``arr_1``, or with a label too many or too few.
     """
     try:
-        with np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False) as arrays:
-            return arrays["arr_0"], arrays["arr_1"]
+        content = storage.read_bytes(path)
     except OSError as error:
         raise UserError(f"samples: {path} cannot be read; make it with tools/sample.py") from error
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            images, labels = arrays["arr_0"], arrays["arr_1"]
+    # What damage and other formats lead to: a bare array has no context, a cut file ends, a member does not inflate.
+    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"samples: {path} is not a sample file with arr_0 (images) and arr_1 (labels)") from error
+    if labels.shape != images.shape[:1]:
+        raise UserError(f"samples: {path} has {images.shape[0]} images and labels of shape {list(labels.shape)}")
+    return images, labels
+
+
+def read_array(path: str, key: str) -> np.ndarray:
+    """A ``.npy`` file; ``key`` is the argument to name when it cannot be read.
+
+    Raises:
+        UserError: missing, or not an array of numbers.
+    """
+    try:
+        array = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read; correct the path") from error
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{key}: {path} is not a .npy file of numbers") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{key}: {path} is not a .npy file of one array")
+    return array
+
+
+def write_array(path: str, array: np.ndarray) -> None:
+    """A ``.npy`` file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    storage.write_bytes(path, buffer.getvalue())
 
 
 def write_png(path: str, image: np.ndarray) -> None:
@@ -51,8 +81,3 @@ def contact_sheet(images: np.ndarray, columns: int, gap_pixels: int = 2) -> np.n
         top, left = gap_pixels + index // columns * height, gap_pixels + index % columns * width
         sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
     return sheet
-
-
-def file_hash(path: str) -> str:
-    """SHA-256 of a file's content."""
-    return hashlib.sha256(storage.read_bytes(path)).hexdigest()

@@ -1,7 +1,7 @@
 """Samples: a label and a noise for each index, the sampler as one program, and what is written about them.
 
-Label and noise are functions of (seed, sample index) alone: neither the batch size nor the number of devices changes an
-image, and every class appears equally often.
+Label and noise are functions of (seed, sample index) alone, so batch size and number of devices change an image by
+float32 rounding at most, and every class appears equally often.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from rae_xla import __version__, storage
-from rae_xla.data.sources import open_source
+from rae_xla.data.sources import num_classes_of
 from rae_xla.data.transforms import to_bytes
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
-from rae_xla.evaluation.files import contact_sheet, file_hash, write_png, write_samples
+from rae_xla.evaluation.files import contact_sheet, read_array, write_array, write_png, write_samples
 from rae_xla.flow.guidance import (
     AutoGuidance,
     ClassifierFreeGuidance,
@@ -34,7 +34,6 @@ from rae_xla.models.functional import call, tensors_of
 from rae_xla.random import Purpose, normal
 from rae_xla.recipe import DiffusionRecipe, SamplingRecipe, save_recipe
 from rae_xla.runtime import Runtime
-from rae_xla.training.loop import WEIGHTS_FILE
 
 
 def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
@@ -43,6 +42,27 @@ def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
     Scores that split samples in file order need a mixed order.
     """
     return (np.arange(num_images) % num_classes).astype(np.int32)
+
+
+def read_labels(listed: str | None, file: str | None) -> np.ndarray | None:
+    """int32 [N] from ``--labels 3,7`` or a ``.npy`` file; ``None`` if neither is given.
+
+    Raises:
+        UserError: not a list of whole numbers.
+    """
+    if file is not None:
+        labels = read_array(file, "--labels-file")
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or not len(labels):
+            raise UserError(
+                f"--labels-file: {file} holds {labels.dtype} {list(labels.shape)}, should be whole numbers [N]"
+            )
+        return labels.astype(np.int32)
+    if listed is None:
+        return None
+    try:
+        return np.array([int(label) for label in listed.split(",")], dtype=np.int32)
+    except ValueError as error:
+        raise UserError(f"--labels: {listed!r} is not a list of numbers such as 3,7") from error
 
 
 class Sampler:
@@ -64,11 +84,15 @@ class Sampler:
             guide = recipe.guidance.model
             self._guide = self._load(guide, guide.weights, "guidance.model.weights")
 
-    def sample(self, labels: np.ndarray, seed: int) -> np.ndarray:
-        """uint8 [N, H, W, 3]: image i has label ``labels[i]`` and the noise of (seed, i).
+    def sample(
+        self, labels: np.ndarray, seed: int, initial_noise: np.ndarray | None = None, *, with_latents: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """Images uint8 [N, H, W, 3], and latents float32 [N, C, h, w] (normalised, as the model makes them) if asked.
+
+        Image i has label ``labels[i]`` and the noise of (seed, i), or ``initial_noise[i]``, float32 [N, C, h, w].
 
         Raises:
-            UserError: a label out of range.
+            UserError: a label out of range, or noise of another shape.
         """
         if len(labels) and not (labels.min() >= 0 and labels.max() < self.num_classes):
             raise UserError(f"labels: must lie in 0..{self.num_classes - 1}, got {labels.min()}..{labels.max()}")
@@ -77,17 +101,28 @@ class Sampler:
             frozen["guide"] = tensors_of(self._guide)
         frozen["times"] = {"grid": self._times()}
         columns = {"rows": np.arange(len(labels), dtype=np.int32), "labels": labels.astype(np.int32)}
+        if initial_noise is not None:
+            wanted = (len(labels), *self.latent_shape)
+            if initial_noise.shape != wanted:
+                raise UserError(f"initial noise: {list(initial_noise.shape)}, should be {list(wanted)}")
+            columns["noise"] = initial_noise.astype(np.float32)
 
         def program(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            noise = normal(seed, Purpose.INITIAL_NOISE, batch["rows"], self.latent_shape)
-            velocity = self._velocity(frozen)
-            latents = euler(velocity, noise, batch["labels"], frozen["times"]["grid"], self._runtime.loop)
-            return {"images": to_bytes(self._call(self._decoder, frozen["decoder"], latents))}
+            if initial_noise is None:
+                noise = normal(seed, Purpose.INITIAL_NOISE, batch["rows"], self.latent_shape)
+            else:
+                noise = batch["noise"]
+            models = {name: frozen[name] for name in ("model", "guide") if name in frozen}
+            times = frozen["times"]["grid"]
+            latents = euler(self._velocity, models, noise, batch["labels"], times, self._runtime.loop)
+            images = to_bytes(self._call(self._decoder, frozen["decoder"], latents))
+            return {"images": images, "latents": latents} if with_latents else {"images": images}
 
         size = self._recipe.sampler.batch_size
         name = f"sampling ({self._recipe.guidance.method})"
-        parts = map_batches(program, frozen, columns, min(size, len(labels)), self._runtime, name)
-        return np.concatenate([part["images"] for part in parts])
+        parts = list(map_batches(program, frozen, columns, min(size, len(labels)), self._runtime, name))
+        images = np.concatenate([part["images"] for part in parts])
+        return images, np.concatenate([part["latents"] for part in parts]) if with_latents else None
 
     def manifest(self) -> dict[str, Any]:
         """Everything that decides the images, but for the number and the seed."""
@@ -104,13 +139,14 @@ class Sampler:
     def weights_files(self) -> dict[str, str]:
         """The files whose content decides the images."""
         recipe = self._recipe
-        named = {
-            "model": self._weights,
-            "decoder": recipe.autoencoder.decoder.weights,
-            "latent_stats": recipe.autoencoder.latent_stats,
-            "guide": recipe.guidance.model.weights if isinstance(recipe.guidance, AutoGuidance) else None,
-        }
-        return {name: recipe.path(path) for name, path in named.items() if path is not None}
+        return recipe.paths(
+            {
+                "model": self._weights,
+                "decoder": recipe.autoencoder.decoder.weights,
+                "latent_stats": recipe.autoencoder.latent_stats,
+                "guide": recipe.guidance.model.weights if isinstance(recipe.guidance, AutoGuidance) else None,
+            }
+        )
 
     def _load(self, config: DiTConfig, weights: str | None, key: str) -> DiffusionModel:
         if weights is None:
@@ -124,12 +160,12 @@ class Sampler:
     def _call(self, module: Any, tensors: Any, *arguments: Tensor) -> Tensor:
         return call(module, tensors, self._runtime.compute_dtype, *arguments)
 
-    def _velocity(self, frozen: Any) -> Velocity:
+    def _velocity(self, weights: Any) -> Velocity:
         def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            return self._call(self._model, frozen["model"], x, t, labels)
+            return self._call(self._model, weights["model"], x, t, labels)
 
         def guide(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            return self._call(self._guide, frozen["guide"], x, t, labels)
+            return self._call(self._guide, weights["guide"], x, t, labels)
 
         guidance = self._recipe.guidance
         if isinstance(guidance, ClassifierFreeGuidance):
@@ -140,12 +176,12 @@ class Sampler:
 
 
 def _num_classes(recipe: DiffusionRecipe | SamplingRecipe) -> int:
-    return recipe.num_classes if isinstance(recipe, SamplingRecipe) else open_source(recipe.data, "train").num_classes
+    return recipe.num_classes if isinstance(recipe, SamplingRecipe) else num_classes_of(recipe.data)
 
 
 def _model_weights(recipe: DiffusionRecipe | SamplingRecipe) -> str | None:
     """A training's own weights, which `model.weights` may have started."""
-    return recipe.model.weights if isinstance(recipe, SamplingRecipe) else storage.join(recipe.run_dir, WEIGHTS_FILE)
+    return recipe.model.weights if isinstance(recipe, SamplingRecipe) else recipe.weights_file
 
 
 def write_sample_set(
@@ -153,24 +189,29 @@ def write_sample_set(
     runtime: Runtime,
     directory: str,
     *,
-    labels: list[int] | None,
-    num_images: int,
     seed: int,
+    num_images: int = 1000,
+    labels: np.ndarray | None = None,
+    initial_noise: str | None = None,
+    save_latents: str | None = None,
 ) -> dict[str, Any]:
     """Write ``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json``; returns the manifest.
 
-    ``labels``: one image for each; ``None``: ``num_images``, class-balanced.
+    ``labels``, ints [N]: one image for each; ``None``: ``num_images``, class-balanced. ``initial_noise``: a ``.npy``
+    file, float [N, C, h, w], in place of the seed's. ``save_latents``: a ``.npy`` file to write the latents to.
     """
     started = time.perf_counter()
     sampler = Sampler(recipe, runtime)
-    chosen = balanced_labels(num_images, sampler.num_classes) if labels is None else np.array(labels, dtype=np.int32)
-    images = sampler.sample(chosen, seed)
+    chosen = balanced_labels(num_images, sampler.num_classes) if labels is None else labels
+    noise = None if initial_noise is None else read_array(initial_noise, "--initial-noise")
+    images, latents = sampler.sample(chosen, seed, noise, with_latents=save_latents is not None)
+    read = {**sampler.weights_files(), **({} if initial_noise is None else {"initial_noise": initial_noise})}
     manifest = {
         "num_images": len(images),
         "label_mode": "balanced" if labels is None else "given",
         "seed": seed,
         **sampler.manifest(),
-        "weights": {name: {"path": path, "sha256": file_hash(path)} for name, path in sampler.weights_files().items()},
+        "files": {name: {"path": path, "sha256": storage.content_hash(path)} for name, path in read.items()},
         "rae_xla": __version__,
         "seconds": round(time.perf_counter() - started, 2),
     }
@@ -178,6 +219,8 @@ def write_sample_set(
         save_recipe(recipe, directory)
         write_samples(storage.join(directory, "samples.npz"), images, chosen)
         write_png(storage.join(directory, "contact_sheet.png"), class_sheet(images, chosen))
+        if save_latents is not None and latents is not None:
+            write_array(save_latents, latents)
         storage.write_json(storage.join(directory, "manifest.json"), manifest)
     return manifest
 

@@ -37,7 +37,7 @@ class Judge:
         self._recipe = recipe
         self._runtime = runtime
         self.heldout: ImageSet = open_source(recipe.data, "heldout")
-        self._network = ConvNet(recipe.judge, self.heldout.num_classes)
+        self._network = ConvNet(recipe.judge, image_size=recipe.data.image_size, num_classes=self.heldout.num_classes)
         if recipe.judge.weights is None:
             raise UserError("judge.weights: required here; train the judge and give its safetensors file")
         load_weights(self._network, recipe.path(recipe.judge.weights), "judge.weights")
@@ -58,19 +58,21 @@ class Judge:
         )
         return np.concatenate([p["features"] for p in parts]), np.concatenate([p["predicted"] for p in parts])
 
-    def score_samples(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float | int]:
+    def score_samples(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float | int | None]:
         """How many samples the judge recognises, how far they are from real ones, and how they differ from each other.
 
         ``neighbour_distance`` and ``real_neighbour_distance`` are means over as many images of each class, since a
-        larger set has nearer neighbours.
+        larger set has nearer neighbours; ``None`` if a class has one image only.
 
         Raises:
-            UserError: the images are not uint8 [n, S, S, 3] of the recipe's size.
+            UserError: fewer than two images, or not uint8 [n, S, S, 3] of the recipe's size.
         """
         size = self.heldout.images.shape[1:]
         if images.dtype != np.uint8 or images.shape[1:] != size:
             found = f"{images.dtype} {list(images.shape)}"
             raise UserError(f"samples: arr_0 is {found}, should be uint8 [n, {', '.join(map(str, size))}]")
+        if len(images) < 2:
+            raise UserError("samples: at least 2 are needed for scores")
         both, predicted = self.look(np.concatenate([images, self.heldout.images]))
         num = len(images)
         kept, kept_real = matched_classes(labels, self.heldout.labels)
@@ -81,9 +83,13 @@ class Judge:
             "judge_heldout_accuracy": float((predicted[num:] == self.heldout.labels).mean()),
             "judge_frechet_distance": frechet_distance(both[:num], both[num:]),
             "identical_images": identical_images(images),
-            "neighbour_distance": float(nearest_neighbour_distances(images[kept], labels[kept]).mean()),
-            "real_neighbour_distance": float(real.mean()),
+            "neighbour_distance": _mean_or_none(nearest_neighbour_distances(images[kept], labels[kept])),
+            "real_neighbour_distance": _mean_or_none(real),
         }
+
+
+def _mean_or_none(distances: np.ndarray) -> float | None:
+    return float(distances.mean()) if np.isfinite(distances).all() else None
 
 
 def matched_classes(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,11 +119,11 @@ def reconstruct_heldout(recipe: EvaluationRecipe, runtime: Runtime) -> tuple[np.
     return heldout.images, np.concatenate([part["images"] for part in parts])
 
 
-def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> float:
-    """Mean over images of the peak signal-to-noise ratio in dB; uint8 [n, H, W, 3] each."""
+def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image in dB, float64 [n]; uint8 [n, H, W, 3] both."""
     difference = (originals.astype(np.float64) - reconstructions) / 255.0
     errors = np.square(difference).reshape(len(originals), -1).mean(axis=1)
-    return float((-10.0 * np.log10(np.maximum(errors, 1e-10))).mean())
+    return -10.0 * np.log10(np.maximum(errors, 1e-10))
 
 
 def evaluate_generation(recipe: EvaluationRecipe, runtime: Runtime, samples: str) -> dict[str, Any]:
@@ -135,4 +141,4 @@ def evaluate_reconstruction(recipe: EvaluationRecipe, runtime: Runtime, num_show
         pairs = [part[row : row + columns] for row in (0, columns) for part in (originals, reconstructions)]
         save_recipe(recipe, run_dir)
         write_png(storage.join(run_dir, "reconstructions.png"), contact_sheet(np.concatenate(pairs), columns))
-    return {"psnr": psnr(originals, reconstructions), "num_images": len(originals)}
+    return {"psnr": float(psnr(originals, reconstructions).mean()), "num_images": len(originals)}

@@ -6,7 +6,7 @@ The loop is handed in, so that a runtime can make it one program on the device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,8 +15,10 @@ from torch import Tensor
 from rae_xla.config import Config
 from rae_xla.flow.guidance import Velocity
 
-Loop = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
-"""(body, carry, rows) -> carry: body(carry, row) for every row of ``rows`` [S, ...], in order."""
+Loop = Callable[[Callable[[Tensor, Tensor, Any], Tensor], Tensor, Tensor, Any], Tensor]
+"""(body, carry, rows, invariants) -> carry: body(carry, row, invariants) for every row of ``rows`` [S, ...], in order.
+
+``body`` reads no other tensors."""
 
 
 class SamplerConfig(Config):
@@ -28,19 +30,25 @@ class SamplerConfig(Config):
     batch_size: int = Field(gt=0)
 
 
-def euler(velocity: Velocity, noise: Tensor, labels: Tensor, times: Tensor, loop: Loop) -> Tensor:
-    """Latents [B, C, h, w] at the last time, from ``noise`` at the first; ``times`` float32 [S], falling."""
+def euler(
+    velocity_of: Callable[[Any], Velocity], weights: Any, noise: Tensor, labels: Tensor, times: Tensor, loop: Loop
+) -> Tensor:
+    """Latents [B, C, h, w] at the last time, from ``noise`` at the first; ``times`` float32 [S], falling.
+
+    ``velocity_of(weights)`` is the velocity. It is called inside the loop, with the weights that the loop hands in.
+    """
     intervals = torch.stack([times[:-1], times[1:]], dim=1)  # [S - 1, 2]
 
-    def step(x: Tensor, interval: Tensor) -> Tensor:
+    def step(x: Tensor, interval: Tensor, given: Any) -> Tensor:
+        weights, labels = given
         now, then = interval[0], interval[1]
-        return x + (then - now) * velocity(x, now.expand(x.shape[0]), labels).float()
+        return x + (then - now) * velocity_of(weights)(x, now.expand(x.shape[0]), labels).float()
 
-    return loop(step, noise.float(), intervals)
+    return loop(step, noise.float(), intervals, (weights, labels))
 
 
-def python_loop(body: Callable[[Tensor, Tensor], Tensor], carry: Tensor, rows: Tensor) -> Tensor:
+def python_loop(body: Callable[[Tensor, Tensor, Any], Tensor], carry: Tensor, rows: Tensor, invariants: Any) -> Tensor:
     """The loop as Python runs it."""
     for row in rows:
-        carry = body(carry, row)
+        carry = body(carry, row, invariants)
     return carry

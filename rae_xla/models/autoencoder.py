@@ -29,6 +29,11 @@ class AutoencoderConfig(Config):
     decoder: DecoderConfig
     latent_stats: str | None = None
 
+    @property
+    def image_size(self) -> int:
+        """The side of the images that the decoder makes, in pixels."""
+        return self.decoder.patch_size * self.encoder.latent_shape[1]
+
 
 class _Normalised(nn.Module):
     """Latents = (features - shift) / scale, per position; shift 0 and scale 1 until statistics are given."""
@@ -91,17 +96,24 @@ def load_latent_encoder(config: AutoencoderConfig, root: str, process_index: int
     Raises:
         UserError: a file is missing or does not fit.
     """
-    key = "autoencoder.encoder.weights"
-    encoder = config.encoder
-    if encoder.weights is not None:
-        path = storage.resolve(root, encoder.weights)
-    elif encoder.has_own_sizes:
-        raise UserError(f"{key}: required for an encoder with sizes of its own; give a safetensors file")
-    else:
-        path = pretrained_weights(encoder.timm_model, root, key, process_index)
-    module = LatentEncoder(load_encoder(encoder, path, key))
+    path = encoder_weights_path(config, root, process_index)
+    module = LatentEncoder(load_encoder(config.encoder, path, "autoencoder.encoder.weights"))
     _load_stats(module, config, root)
     return module
+
+
+def encoder_weights_path(config: AutoencoderConfig, root: str, process_index: int = 0) -> str:
+    """The file of the encoder's weights, fetched if the configuration names none; see `pretrained_weights`.
+
+    Raises:
+        UserError: none is named and none is published, or it cannot be fetched.
+    """
+    key, encoder = "autoencoder.encoder.weights", config.encoder
+    if encoder.weights is not None:
+        return storage.resolve(root, encoder.weights)
+    if encoder.has_own_sizes:
+        raise UserError(f"{key}: required for an encoder with sizes of its own; give a safetensors file")
+    return pretrained_weights(encoder.timm_model, root, key, process_index)
 
 
 def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -16,12 +17,11 @@ from rae_xla.models.encoders import Encoder, EncoderConfig
 
 
 class ConvNetConfig(Config):
-    """A stem and two halvings of ``image_size``, then a hidden layer of ``feature_width``."""
+    """Three halvings of the image, the first ``width`` channels wide, then a hidden layer of ``feature_width``."""
 
     name: Literal["convnet"]
-    image_size: int
-    width: int
-    feature_width: int
+    width: int = Field(gt=0)
+    feature_width: int = Field(gt=0)
     weights: str | None = None
 
 
@@ -41,7 +41,7 @@ class EncoderClassifier(nn.Module):
 class ConvTrunk(nn.Module):
     """Three strided convolutions and a hidden layer, whose output serves as features."""
 
-    def __init__(self, config: ConvNetConfig) -> None:
+    def __init__(self, config: ConvNetConfig, image_size: int) -> None:
         super().__init__()
         width = config.width
         self.convolutions = nn.Sequential(
@@ -52,7 +52,7 @@ class ConvTrunk(nn.Module):
             nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
             nn.GELU(),
         )
-        self.hidden = nn.Linear(2 * width * (config.image_size // 8) ** 2, config.feature_width)
+        self.hidden = nn.Linear(2 * width * (-(-image_size // 8)) ** 2, config.feature_width)
 
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1] -> float32 [B, feature_width]."""
@@ -63,9 +63,9 @@ class ConvTrunk(nn.Module):
 class ConvNet(nn.Module):
     """A plain convolutional classifier: `ConvTrunk` and a linear head."""
 
-    def __init__(self, config: ConvNetConfig, num_classes: int) -> None:
+    def __init__(self, config: ConvNetConfig, *, image_size: int, num_classes: int) -> None:
         super().__init__()
-        self.trunk = ConvTrunk(config)
+        self.trunk = ConvTrunk(config, image_size)
         self.head = nn.Linear(config.feature_width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -73,6 +73,10 @@ class ConvNet(nn.Module):
         return self.head(self.trunk(images).to(self.head.weight.dtype)).float()
 
 
-def create_classifier(config: EncoderConfig | ConvNetConfig, num_classes: int) -> EncoderClassifier | ConvNet:
+def create_classifier(
+    config: EncoderConfig | ConvNetConfig, *, image_size: int, num_classes: int
+) -> EncoderClassifier | ConvNet:
     """The classifier that this configuration describes."""
-    return ConvNet(config, num_classes) if isinstance(config, ConvNetConfig) else EncoderClassifier(config, num_classes)
+    if isinstance(config, ConvNetConfig):
+        return ConvNet(config, image_size=image_size, num_classes=num_classes)
+    return EncoderClassifier(config, num_classes)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rae_xla.config import Config, sizes_by_name
-from rae_xla.models.layers import Attention, init_linear, sincos_positions
+from rae_xla.models.layers import Attention, check_heads, init_linear, sincos_positions
 
 LAYER_NORM_EPS = 1e-12
 
@@ -47,6 +47,11 @@ class DecoderConfig(Config):
     @classmethod
     def _named(cls, content: Any) -> Any:
         return sizes_by_name(content, DECODER_SIZES)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> DecoderConfig:
+        check_heads(self.width, self.num_heads)
+        return self
 
 
 class DecoderBlock(nn.Module):

@@ -19,6 +19,7 @@ from rae_xla.models.layers import (
     ModulatedOutput,
     RotaryEmbedding2D,
     TimeEmbedder,
+    check_heads,
     init_linear,
     sincos_positions,
 )
@@ -51,6 +52,11 @@ class DiTConfig(Config):
     @classmethod
     def _named(cls, content: Any) -> Any:
         return sizes_by_name(content, DIT_SIZES)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> DiTConfig:
+        check_heads(self.width, self.num_heads)
+        return self
 
     @property
     def narrowest_width(self) -> int:

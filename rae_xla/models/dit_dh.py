@@ -25,6 +25,7 @@ from rae_xla.models.layers import (
     ModulatedOutput,
     RotaryEmbedding2D,
     TimeEmbedder,
+    check_heads,
     init_linear,
     sincos_positions,
 )
@@ -47,6 +48,11 @@ class DiTDHConfig(DiTConfig):
     @classmethod
     def _named(cls, content: Any) -> Any:
         return sizes_by_name(content, DIT_DH_SIZES)
+
+    @model_validator(mode="after")
+    def _head_fits(self) -> DiTDHConfig:
+        check_heads(self.head_width, self.head_num_heads)
+        return self
 
     @property
     def narrowest_width(self) -> int:

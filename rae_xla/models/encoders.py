@@ -33,27 +33,32 @@ from rae_xla.models.resize import resize_bicubic
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRow:
-    """timm's model, the input size its autoencoder was trained at, and where the port differs from timm."""
+    """timm's model, the input size its autoencoder was trained at, its port, and where the port differs from timm."""
 
     timm_model: str
     input_size: int
+    port: str | None = None
     norm_eps: float = 1e-6
     antialias_positions: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def _dinov2(size: str) -> EncoderRow:
+    timm_model = f"vit_{size}_patch14_reg4_dinov2.lvd142m"
+    return EncoderRow(timm_model=timm_model, input_size=224, port="dinov2", antialias_positions=True)
+
+
 ENCODERS = {
-    "dinov2_s": EncoderRow(
-        timm_model="vit_small_patch14_reg4_dinov2.lvd142m", input_size=224, antialias_positions=True
-    ),
-    "dinov2_b": EncoderRow(timm_model="vit_base_patch14_reg4_dinov2.lvd142m", input_size=224, antialias_positions=True),
-    "dinov2_l": EncoderRow(
-        timm_model="vit_large_patch14_reg4_dinov2.lvd142m", input_size=224, antialias_positions=True
-    ),
+    "dinov2_s": _dinov2("small"),
+    "dinov2_b": _dinov2("base"),
+    "dinov2_l": _dinov2("large"),
     "siglip2_b": EncoderRow(
-        timm_model="vit_base_patch16_siglip_256.v2_webli", input_size=256, options={"act_layer": "gelu_tanh"}
+        timm_model="vit_base_patch16_siglip_256.v2_webli",
+        input_size=256,
+        port="siglip2",
+        options={"act_layer": "gelu_tanh"},
     ),
-    "mae_b": EncoderRow(timm_model="vit_base_patch16_224.mae", input_size=256, norm_eps=1e-12),
+    "mae_b": EncoderRow(timm_model="vit_base_patch16_224.mae", input_size=256, port="mae", norm_eps=1e-12),
 }
 
 
@@ -61,7 +66,7 @@ class EncoderConfig(Config):
     """One of `ENCODERS` by name, or ``timm_vit``: any vision transformer of timm by its ``timm_model``.
 
     ``input_size``: the side that images are resized to; the named ones have a default. The sizes below it replace those
-    of a ``timm_vit``, which then has no pretrained weights. ``weights``: safetensors of timm, of the transformers port
+    of the timm model, which then has no pretrained weights. ``weights``: safetensors of timm, of the transformers port
     or trained here, inside the recipe's ``root`` if relative; ``null`` fetches timm's from the Hugging Face hub.
     """
 
@@ -80,9 +85,8 @@ class EncoderConfig(Config):
         row = ENCODERS.get(str(content.get("name"))) if isinstance(content, dict) else None
         if row is None:
             return content
-        own = {"patch_size", "width", "depth", "num_heads"} & {k for k, v in content.items() if v is not None}
-        if own or content.get("timm_model", row.timm_model) != row.timm_model:
-            raise ValueError(f"{', '.join(sorted(own)) or 'timm_model'}: only for name: timm_vit")
+        if content.get("timm_model", row.timm_model) != row.timm_model:
+            raise ValueError("timm_model: another model than the name's goes with name: timm_vit")
         return {"timm_model": row.timm_model, "input_size": row.input_size, **content}
 
     @model_validator(mode="after")
@@ -143,8 +147,12 @@ def _shape_facts(config: EncoderConfig) -> tuple[int, int]:
     """Patch size and width, as timm builds it. At timm's own input size: the recipe's may not be divisible."""
     options = {**config.timm_options, "depth": 1}
     del options["img_size"]
-    with torch.device("meta"):
-        backbone: Any = timm.create_model(config.timm_model, **options)
+    try:
+        with torch.device("meta"):
+            backbone: Any = timm.create_model(config.timm_model, **options)
+    # timm asserts that heads divide the width; a model of another family does not take the options.
+    except (AssertionError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{config.timm_model} cannot be built with these sizes ({error})") from error
     if not hasattr(backbone, "patch_embed") or getattr(backbone, "pos_embed", None) is None:
         raise ValueError(f"timm_model: {config.timm_model} is not a plain vision transformer with position embeddings")
     return backbone.patch_embed.patch_size[0], backbone.embed_dim
@@ -216,7 +224,7 @@ def resample_positions(positions: Tensor, grid: int, num_prefix: int, antialias:
     prefix, patches = positions[:, :num_prefix], positions[:, num_prefix:]
     side = round(patches.shape[1] ** 0.5)
     if side * side != patches.shape[1]:
-        raise ValueError(f"pos_embed: {patches.shape[1]} positions do not form a square")
+        raise ValueError(f"pos_embed: {patches.shape[1]} positions do not form a square; is it another encoder's?")
     if side == grid:
         return positions
     square = patches.unflatten(1, (side, side)).permute(0, 3, 1, 2).float()

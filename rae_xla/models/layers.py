@@ -35,6 +35,12 @@ def sincos_positions(width: int, grid: int) -> Tensor:
         return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
+def check_heads(width: int, num_heads: int) -> None:
+    """Raises a ValueError if attention of this width cannot have so many heads with rotary embeddings."""
+    if width % (4 * num_heads):
+        raise ValueError(f"width {width} does not divide over {num_heads} heads into multiples of 4")
+
+
 def init_linear(layer: nn.Linear) -> None:
     """Xavier weights, zero biases."""
     nn.init.xavier_uniform_(layer.weight)
@@ -90,8 +96,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        if width % num_heads:
-            raise ValueError(f"attention width {width} does not divide over {num_heads} heads")
+        assert width % num_heads == 0, (width, num_heads)
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)

@@ -46,14 +46,14 @@ def assign_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, ke
     Raises:
         UserError: keys or shapes differ; names ``key``, the file and the difference.
     """
-    problems = _differences(found, module.state_dict())
-    if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise UserError(f"{key}: {path} does not fit this model: {shown}")
+    differences = describe_differences(found, module.state_dict())
+    if differences:
+        raise UserError(f"{key}: {path} does not fit this model: {differences}")
     module.load_state_dict({name: value.float() for name, value in found.items()}, assign=True)
 
 
-def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+def describe_differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_shown: int = 8) -> str:
+    """Keys that are missing, unexpected or of another shape, in one line; empty if there are none."""
     missing = [f"{name} is missing" for name in sorted(set(wanted) - set(found))]
     unexpected = [f"{name} is not expected" for name in sorted(set(found) - set(wanted))]
     shapes = [
@@ -61,4 +61,6 @@ def _differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> l
         for name, value in wanted.items()
         if name in found and found[name].shape != value.shape
     ]
-    return shapes + missing + unexpected
+    problems = shapes + missing + unexpected
+    more = [f"and {len(problems) - num_shown} more"] if len(problems) > num_shown else []
+    return "; ".join(problems[:num_shown] + more)

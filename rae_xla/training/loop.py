@@ -13,14 +13,15 @@ from torch import Tensor
 from rae_xla import __version__, storage
 from rae_xla.data.loader import TrainingBatches
 from rae_xla.data.sources import ImageSet
-from rae_xla.recipe import TrainingRecipe, save_recipe
+from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
 from rae_xla.training.metrics import MetricsLog
+from rae_xla.training.same_run import begin_run, check_same_run
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "weights.safetensors"
+REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class TrainingTask:
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
     export: Callable[[dict[str, Any]], dict[str, Tensor]]
     """EMA weights and whatever else the model needs, from a state on the host."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """Files that decide the result besides the recipe: recipe key to path."""
     about: dict[str, Any] = field(default_factory=dict)
     """What the exported weights' file says of the model, besides task and step."""
 
@@ -44,16 +47,18 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     started = time.perf_counter()
     run_dir = recipe.path(recipe.run_dir)
     directory = storage.join(run_dir, "checkpoints")
-    if runtime.process_index == 0:
-        save_recipe(recipe, run_dir)
     done = checkpoint.complete_steps(directory)
-    start = done[-1] if done else 0
-    state = checkpoint.load(directory, start, task.state) if done else task.state
-    if start >= task.num_steps and storage.exists(storage.join(run_dir, "report.json")):
-        logger.info("%s: already trained to step %d in %s", task.name, start, run_dir)
-        return storage.read_json(storage.join(run_dir, "report.json"))
+    start, state = 0, task.state
     if done:
+        check_same_run(recipe, task.inputs, run_dir)
+        start = done[-1]
+        state = checkpoint.load(directory, start, task.state)
+        if start >= task.num_steps and storage.exists(storage.join(run_dir, REPORT_FILE)):
+            logger.info("%s: already trained to step %d in %s", task.name, start, run_dir)
+            return storage.read_json(storage.join(run_dir, REPORT_FILE))
         logger.info("%s: resuming from step %d", task.name, start)
+    if runtime.process_index == 0:
+        begin_run(recipe, task.inputs, run_dir)
 
     state, frozen = runtime.place_state(state), runtime.place_state(task.frozen)
     update = runtime.compile(task.update, task.name)
@@ -83,13 +88,14 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         "last": log.last,
         "parameters": sum(value.numel() for value in state["parameters"].values()),
         "compile_seconds": update.compile_seconds,
+        "resumed_from_step": start,
         "seconds": round(time.perf_counter() - started, 2),
         "runtime": runtime.describe(),
     }
     if runtime.process_index == 0:
         about = {"task": task.name, "step": task.num_steps, "kind": "ema", "version": __version__, **task.about}
-        storage.write_tensors(storage.join(run_dir, WEIGHTS_FILE), weights, about)
-        storage.write_json(storage.join(run_dir, "report.json"), report)
+        storage.write_tensors(recipe.path(recipe.weights_file), weights, about)
+        storage.write_json(storage.join(run_dir, REPORT_FILE), report)
     return report
 
 

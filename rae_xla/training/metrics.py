@@ -19,6 +19,8 @@ from rae_xla.config import Config
 from rae_xla.runtime import Runtime
 
 STEPS_IN_FLIGHT = 2
+# An object store cannot append, so the whole file is written again, and not at every line.
+WRITE_EVERY_SECONDS = 30.0
 
 
 class LogConfig(Config):
@@ -41,6 +43,7 @@ class MetricsLog:
         self._lines: list[str] = []
         self._kept = _lines_until(path, start)
         self._last_time, self._last_step = time.perf_counter(), start
+        self._written = time.monotonic()
         main = runtime.process_index == 0
         self._bar = tqdm(total=num_steps, initial=start, desc=name, unit="step", disable=not main, mininterval=0.5)
         self.last: dict[str, float] = {}
@@ -56,6 +59,10 @@ class MetricsLog:
         """Read everything that is pending and write the file."""
         while self._pending:
             self._read(*self._pending.popleft())
+        self._write()
+
+    def _write(self) -> None:
+        self._written = time.monotonic()
         if self._lines and self._runtime.process_index == 0:
             self._kept += self._lines
             storage.write_text(self._path, "".join(self._kept))
@@ -75,6 +82,8 @@ class MetricsLog:
         self.last = {"step": step, **values, "images_per_second": round(images / max(now - self._last_time, 1e-9), 2)}
         self._last_time, self._last_step = now, step
         self._lines.append(json.dumps(self.last) + "\n")
+        if time.monotonic() - self._written > WRITE_EVERY_SECONDS:
+            self._write()
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s")
 
 

@@ -6,7 +6,7 @@ The learning rate is computed on the device from the step in the state, so a sch
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from rae_xla.config import Config
 from rae_xla.models.functional import Tensors
 
 ADAM_EPS = 1e-8
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Config):
@@ -27,12 +28,12 @@ class OptimizerConfig(Config):
     num_epochs: float = Field(gt=0)
     learning_rate: float = Field(gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    final_learning_rate: float = 0.0
-    warmup_epochs: float = 0.0
-    decay_start_epoch: float = 0.0
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
+    final_learning_rate: float = Field(default=0.0, ge=0)
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    decay_start_epoch: float = Field(default=0.0, ge=0)
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     ema_decay: float = Field(ge=0, lt=1)
 
 

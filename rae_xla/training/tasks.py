@@ -15,7 +15,7 @@ TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
 
 
 def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
-    """Run a training recipe to its end and return its report; every input is checked before anything is written."""
+    """Run a training recipe to its end and return its report; what it reads is checked before anything is written."""
     check_batch_size(recipe.data.batch_size, runtime, "data.batch_size")
     return run_training(_task(recipe, runtime), recipe, runtime)
 

@@ -14,6 +14,7 @@ import torch_xla.runtime as xr
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from rae_xla.errors import UserError
 from rae_xla.runtime import MeshConfig, Precision, Tree, compute_dtype
 from rae_xla.xla.loop import device_loop
 from rae_xla.xla.mesh import Mesh
@@ -37,6 +38,11 @@ class XLARuntime:
         self.num_devices = xr.global_runtime_device_count()
         self.process_index = xr.process_index()
         self.num_processes = xr.process_count()
+        if self.num_processes > 1:
+            raise UserError(
+                f"mesh: this slice has {self.num_processes} hosts; checkpoints and samples are not gathered across "
+                "hosts yet, so take a slice of one host (v6e-8 or smaller)"
+            )
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self.loop = device_loop

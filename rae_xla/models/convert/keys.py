@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -37,12 +37,30 @@ def rename_blocks(
         ValueError: a key that no entry fits.
     """
     pattern = re.compile(rf"{re.escape(blocks[0])}\.(\d+)\.(.*)")
-    renamed = {}
-    for key, value in tensors.items():
+
+    def renamed(key: str) -> str:
         block = pattern.match(key)
-        name = f"{blocks[1]}.{block[1]}.{rename(block[2], block_table)}" if block else rename(key, table)
-        renamed[name] = value
-    return renamed
+        return f"{blocks[1]}.{block[1]}.{rename(block[2], block_table)}" if block else rename(key, table)
+
+    return rename_all(tensors, renamed)
+
+
+def rename_all(tensors: Tensors, renamed: Callable[[str], str]) -> dict[str, Tensor]:
+    """Every key as ``renamed`` has it.
+
+    Raises:
+        ValueError: keys for which ``renamed`` raises one; lists them.
+    """
+    names, unexpected = {}, []
+    for key in tensors:
+        try:
+            names[key] = renamed(key)
+        except ValueError:
+            unexpected.append(key)
+    if unexpected:
+        more = f" and {len(unexpected) - 8} more" if len(unexpected) > 8 else ""
+        raise ValueError(f"not keys of this layout: {', '.join(unexpected[:8])}{more}")
+    return {names[key]: value for key, value in tensors.items()}
 
 
 def stack_attention(tensors: Tensors, place: str, parts: tuple[str, str, str]) -> dict[str, Tensor]:

@@ -14,7 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rae_xla.models.convert.keys import Tensors, inverse, rename, rename_blocks, split_attention, stack_attention
+from rae_xla.models.convert.keys import (
+    Tensors,
+    inverse,
+    rename,
+    rename_all,
+    rename_blocks,
+    split_attention,
+    stack_attention,
+)
 from rae_xla.models.decoder import Decoder
 from rae_xla.models.dit import DiT
 from rae_xla.models.dit_dh import DiTDH
@@ -151,8 +159,8 @@ def to_released(tensors: Tensors, layout: Layout | None) -> dict[str, Tensor]:
 
 
 def _stats_from_released(tensors: Tensors) -> dict[str, Tensor]:
-    _check_known(tensors, _STATS)
-    return {"mean": tensors.get("mean", torch.zeros_like(tensors["var"])), "variance": tensors["var"]}
+    ours = rename_all(tensors, lambda key: rename(key, _STATS))
+    return {"mean": torch.zeros_like(tensors["var"]), **ours}
 
 
 def _dit_from_released(
@@ -162,37 +170,38 @@ def _dit_from_released(
         backbone_depth = _backbone_depth(tensors)
     layout = _dit_layout(tensors, kind)
     _check_tables(tensors, _dit_tables(tensors["pos_embed"].shape[-1], layout))
-    ours = {}
-    for key, value in tensors.items():
-        if is_table(key):
-            continue
+
+    def ours(key: str) -> str:
         block = re.match(r"blocks\.(\d+)\.(.*)", key)
-        if block:
-            index, rest = int(block[1]), rename(block[2], _BLOCK)
-            if kind == "dit":
-                name = f"blocks.{index}.{rest}"
-            else:
-                assert backbone_depth is not None
-                place = f"backbone.{index}" if index < backbone_depth else f"head.{index - backbone_depth}"
-                name = f"{place}.{rest}"
-        else:
-            name = rename(key, _DIT if kind == "dit" else _DIT_DH)
-        ours[name] = value.flatten(1) if _CONVOLUTIONS.match(key) else value
-    return ours, layout
+        if block is None:
+            return rename(key, _DIT if kind == "dit" else _DIT_DH)
+        index, rest = int(block[1]), rename(block[2], _BLOCK)
+        if kind == "dit":
+            return f"blocks.{index}.{rest}"
+        assert backbone_depth is not None
+        place = f"backbone.{index}" if index < backbone_depth else f"head.{index - backbone_depth}"
+        return f"{place}.{rest}"
+
+    weights = {key: value for key, value in tensors.items() if not is_table(key)}
+    flat = {key: value.flatten(1) if _CONVOLUTIONS.match(key) else value for key, value in weights.items()}
+    return rename_all(flat, ours), layout
 
 
 def _dit_to_released(tensors: Tensors, layout: Layout) -> dict[str, Tensor]:
     names, block_names = inverse(_DIT if layout.kind == "dit" else _DIT_DH), inverse(_BLOCK)
     backbone_depth = len({key.split(".")[1] for key in tensors if re.match(r"(backbone|blocks)\.", key)})
-    released = {}
-    for key, value in tensors.items():
+
+    def theirs(key: str) -> str:
         block = re.match(r"(blocks|backbone|head)\.(\d+)\.(.*)", key)
-        if block:
-            index = int(block[2]) + (backbone_depth if block[1] == "head" else 0)
-            name = f"blocks.{index}.{rename(block[3], block_names)}"
-        else:
-            name = rename(key, names)
-        released[name] = value[:, :, None, None] if _CONVOLUTIONS.match(name) else value
+        if block is None:
+            return rename(key, names)
+        index = int(block[2]) + (backbone_depth if block[1] == "head" else 0)
+        return f"blocks.{index}.{rename(block[3], block_names)}"
+
+    released = rename_all(tensors, theirs)
+    for key in released:
+        if _CONVOLUTIONS.match(key):
+            released[key] = released[key][:, :, None, None]
     embedding = "input" if layout.kind == "dit" else "backbone_input"
     return {**released, **_dit_tables(tensors[f"{embedding}.weight"].shape[0], layout)}
 
@@ -257,8 +266,3 @@ def _check_tables(tensors: Tensors, computed: Tensors) -> None:
         stored = tensors[key]
         if stored.shape != table.shape or not torch.allclose(stored.float(), table, rtol=0, atol=TABLE_TOLERANCE):
             raise ValueError(f"{key} differs from the fixed table of the released models; other positions were used")
-
-
-def _check_known(tensors: Tensors, table: Mapping[str, str]) -> None:
-    for key in tensors:
-        rename(key, table)

@@ -1,0 +1,57 @@
+"""What makes a continued run the same run: its recipe, and the content of the files it reads weights from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from rae_xla import storage
+from rae_xla.errors import UserError
+from rae_xla.recipe import TrainingRecipe, save_recipe
+
+INPUTS_FILE = "inputs.json"
+# How long a run is, where and how it is computed and logged, and what only sampling reads.
+MAY_CHANGE = ("root", "runtime", "mesh", "log", "checkpoint", "sampler", "guidance", "train.num_epochs")
+
+
+def begin_run(recipe: TrainingRecipe, inputs: Mapping[str, str], run_dir: str) -> None:
+    """Write ``recipe.yaml``, and ``inputs.json`` with the hash of every file in ``inputs`` (recipe key to path)."""
+    save_recipe(recipe, run_dir)
+    storage.write_json(storage.join(run_dir, INPUTS_FILE), _described(inputs))
+
+
+def check_same_run(recipe: TrainingRecipe, inputs: Mapping[str, str], run_dir: str) -> None:
+    """Compare with what `begin_run` wrote.
+
+    Raises:
+        UserError: a key of the recipe or the content of an input is another; names the first.
+    """
+    before = dict(_flat(yaml.safe_load(storage.read_bytes(storage.join(run_dir, "recipe.yaml")))))
+    for key, now in _flat(recipe.model_dump(mode="json")):
+        allowed = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
+        if not allowed and key in before and before[key] != now:
+            raise UserError(
+                f"{key}: {run_dir} was begun with {before[key]!r}, the recipe now says {now!r}; "
+                "give the run another run_dir, or the old value"
+            )
+    old = storage.read_json(storage.join(run_dir, INPUTS_FILE))
+    for key, now in _described(inputs).items():
+        if key in old and old[key]["sha256"] != now["sha256"]:
+            raise UserError(
+                f"{key}: {now['path']} is not what {run_dir} was begun with; "
+                "give the run another run_dir, or remove the old one to train it again"
+            )
+
+
+def _described(inputs: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    return {key: {"path": path, "sha256": storage.content_hash(path)} for key, path in inputs.items()}
+
+
+def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(content, dict):
+        yield prefix, content
+        return
+    for key, value in content.items():
+        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
