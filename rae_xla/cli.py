@@ -19,6 +19,10 @@ class _OneLineParser(argparse.ArgumentParser):
     """Says what is wrong in one line; the usage is a --help away."""
 
     def error(self, message: str) -> NoReturn:
+        # Optional, but argparse lists it among what is required.
+        message = message.replace(", key.sub=value", "")
+        if message.startswith("unrecognized arguments: --") and "=" in message:
+            message += " (a key of the recipe is written without --)"
         print(f"{self.prog}: {message}; see --help", file=sys.stderr)
         sys.exit(2)
 

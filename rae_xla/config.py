@@ -114,6 +114,13 @@ def _describe(finding: Any, model: type[BaseModel], content: Any) -> str:
         return f"{key}: unknown key{_suggestion(location, model)}"
     if finding["type"] == "missing":
         return f"{key}: required key is missing"
+    if finding["type"] == "union_tag_invalid":
+        choice = finding["ctx"]["discriminator"].strip("'")
+        return f"{key}.{choice}: {finding['ctx']['tag']!r} is not known; use {finding['ctx']['expected_tags']}"
+    if finding["type"] == "union_tag_not_found":
+        return f"{key}.{finding['ctx']['discriminator'].strip(chr(39))}: required key is missing"
+    if finding["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: should be a mapping of keys to values, got {value!r}"
     if finding["type"] == "float_type" and isinstance(value, str) and _is_number(value):
         return f"{key}: YAML reads {value} as text; write {_dotted(float(value))} with a dot before the e"
     if finding["type"] == "value_error":

@@ -67,7 +67,9 @@ def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str
         result["report"] = write_report(
             root,
             title="rae_xla quickstart",
-            summary=f"Handwritten digits, {num_images} samples for each guidance, runtime {made.describe()}.",
+            summary=f"Handwritten digits, {num_images} samples for each guidance. Computed with "
+            + ", ".join(f"{name} {value}" for name, value in made.describe().items() if name != "mesh")
+            + ".",
             scores=scores,
             psnr=reconstruction["psnr"],
             sheets={mode: storage.join(root, "samples", mode, "contact_sheet.png") for mode in GUIDANCE},

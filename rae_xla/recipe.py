@@ -28,6 +28,7 @@ from rae_xla.training.optimizer import OptimizerConfig
 class CommonRecipe(Config):
     """What every task has. Relative paths in a recipe are inside ``root``, which may be a ``gs://`` URL."""
 
+    task: str
     root: str = "."
     seed: int = Field(ge=0, lt=2**63)
     runtime: Literal["xla", "eager"] = "xla"
@@ -127,6 +128,13 @@ class DiffusionRecipe(TrainingRecipe):
     guidance: GuidanceConfig = NoGuidance()
 
 
+class ReconstructionRecipe(CommonRecipe):
+    """An autoencoder by itself, to encode and decode images."""
+
+    task: Literal["reconstruction"]
+    autoencoder: AutoencoderConfig
+
+
 class SamplingRecipe(CommonRecipe):
     """Sample with weights that are there already; nothing is trained and no data set is needed."""
 
@@ -171,6 +179,7 @@ RECIPES: dict[str, type[CommonRecipe]] = {
     "autoencoder": AutoencoderRecipe,
     "latent_stats": LatentStatsRecipe,
     "diffusion": DiffusionRecipe,
+    "reconstruction": ReconstructionRecipe,
     "sampling": SamplingRecipe,
     "evaluation": EvaluationRecipe,
 }
@@ -186,25 +195,17 @@ def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
     task = content.get("task")
     known = tasks or tuple(RECIPES)
     if task not in known:
-        raise UserError(
-            f"{path}: task: {task!r} does not fit this command; it takes a recipe with task {' or '.join(known)}"
-        )
+        found = f"{task!r} does not fit this command" if task else "missing; is this a base of other recipes"
+        raise UserError(f"{path}: task: {found}; this command takes a recipe with task {' or '.join(known)}")
     try:
         return RECIPES[str(task)].model_validate(content)
     except ValidationError as error:
         raise UserError(describe_errors(error, path, RECIPES[str(task)], content)) from error
 
 
-def load_autoencoder(path: str, overrides: list[str]) -> tuple[AutoencoderConfig, str]:
-    """The autoencoder of any recipe that has one, and the recipe's ``root``.
-
-    Raises:
-        UserError: anything wrong with the recipe, or it has none.
-    """
-    recipe = load_recipe(path, overrides)
-    if not hasattr(recipe, "autoencoder"):
-        raise UserError(f"{path}: a recipe with task {recipe.task} has no autoencoder")
-    return recipe.autoencoder, recipe.root
+def with_autoencoder() -> tuple[str, ...]:
+    """The tasks whose recipes have an autoencoder."""
+    return tuple(task for task, recipe in RECIPES.items() if "autoencoder" in recipe.model_fields)
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -103,6 +103,9 @@ def create(name: Literal["xla", "eager"], mesh: MeshConfig, precision: Precision
         from rae_xla.eager import EagerRuntime
 
         return EagerRuntime(mesh, precision)
+    from rae_xla.xla.start import choose_device
+
+    choose_device()
     try:
         from rae_xla.xla.runtime import XLARuntime
     except ImportError as error:

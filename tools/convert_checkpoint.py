@@ -27,14 +27,14 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 
     from rae_xla.errors import UserError
     from rae_xla.models.convert.checkpoints import convert_file, convert_from_diffusers, convert_to_diffusers
-    from rae_xla.recipe import load_autoencoder
+    from rae_xla.recipe import load_recipe, with_autoencoder
 
     source, target, to = arguments.source, arguments.target, arguments.to
     if to == "diffusers":
         if not source.endswith((".yaml", ".yml")):
             raise UserError(f"IN: {source}: a recipe (.yaml) with an autoencoder is needed for --to diffusers")
-        config, root = load_autoencoder(source, [])
-        result = convert_to_diffusers(config, root, target)
+        recipe = load_recipe(source, [], *with_autoencoder())
+        result = convert_to_diffusers(recipe.autoencoder, recipe.root, target)
     elif Path(source).is_dir():
         if to != "ours":
             raise UserError(f"IN: {source} is a directory, a saved AutoencoderRAE converts to ours only")

@@ -22,6 +22,8 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = load_recipe(arguments.recipe, arguments.overrides, "evaluation")
     if arguments.what == "generation" and arguments.samples is None:
         raise UserError("--samples: required for generation; give a samples.npz made by tools/sample.py")
+    if arguments.what == "reconstruction" and arguments.samples is not None:
+        raise UserError("--samples: only for generation; reconstruction encodes and decodes the held-out split")
     made = runtime.create(recipe.runtime, recipe.mesh, recipe.precision)
     if arguments.what == "generation":
         scores = evaluate_generation(recipe, made, arguments.samples)

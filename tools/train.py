@@ -1,6 +1,7 @@
 """Train what a recipe describes: a decoder, a diffusion transformer, or the quickstart's encoder and judge.
 
-Running the same command again resumes from the newest complete checkpoint.
+The recipe's task is classifier, autoencoder or diffusion. Running the same command again resumes from the newest
+complete checkpoint.
 """
 
 from __future__ import annotations

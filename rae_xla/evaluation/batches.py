@@ -40,7 +40,7 @@ def map_batches(
     placed = runtime.place_state(frozen)
     num_rows = len(next(iter(columns.values())))
     size = batch_size_for(batch_size, runtime)
-    with tqdm(total=num_rows, desc=name, unit="image", disable=runtime.process_index != 0) as bar:
+    with tqdm(total=num_rows, desc=name, unit="image", disable=None if runtime.process_index == 0 else True) as bar:
         for start in range(0, num_rows, size):
             rows = np.minimum(np.arange(start, start + size), num_rows - 1)
             batch = {key: torch.from_numpy(values[rows]) for key, values in columns.items()}

@@ -197,6 +197,8 @@ def write_sample_set(
 ) -> dict[str, Any]:
     """Write ``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json``; returns the manifest.
 
+    The sheet has a row for each class, or the order of ``labels`` if they are given.
+
     ``labels``, ints [N]: one image for each; ``None``: ``num_images``, class-balanced. ``initial_noise``: a ``.npy``
     file, float [N, C, h, w], in place of the seed's. ``save_latents``: a ``.npy`` file to write the latents to.
     """
@@ -218,7 +220,8 @@ def write_sample_set(
     if runtime.process_index == 0:
         save_recipe(recipe, directory)
         write_samples(storage.join(directory, "samples.npz"), images, chosen)
-        write_png(storage.join(directory, "contact_sheet.png"), class_sheet(images, chosen))
+        sheet = class_sheet(images, chosen) if labels is None else contact_sheet(images, columns=min(10, len(images)))
+        write_png(storage.join(directory, "contact_sheet.png"), sheet)
         if save_latents is not None and latents is not None:
             write_array(save_latents, latents)
         storage.write_json(storage.join(directory, "manifest.json"), manifest)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rae_xla import storage
 from rae_xla.data.sources import ImageSet, open_source
-from rae_xla.data.transforms import to_bytes, to_unit
+from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.evaluation.distances import (
@@ -22,7 +22,7 @@ from rae_xla.evaluation.distances import (
     nearest_neighbour_distances,
 )
 from rae_xla.evaluation.files import contact_sheet, read_samples, write_png
-from rae_xla.models.autoencoder import load_latent_decoder, load_latent_encoder
+from rae_xla.evaluation.reconstruction import psnr, reconstruct
 from rae_xla.models.classifier import ConvNet
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import load_weights
@@ -103,29 +103,6 @@ def matched_classes(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, 
     return np.concatenate(kept[0]), np.concatenate(kept[1])
 
 
-def reconstruct_heldout(recipe: EvaluationRecipe, runtime: Runtime) -> tuple[np.ndarray, np.ndarray]:
-    """(originals, reconstructions), uint8 [n, H, W, 3]: the held-out split through encoder and decoder."""
-    heldout = open_source(recipe.data, "heldout")
-    encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
-    decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
-
-    def reconstruct(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents = call(encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]))
-        return {"images": to_bytes(call(decoder, frozen["decoder"], runtime.compute_dtype, latents))}
-
-    frozen = {"encoder": tensors_of(encoder), "decoder": tensors_of(decoder)}
-    columns = {"images": heldout.images}
-    parts = map_batches(reconstruct, frozen, columns, recipe.data.batch_size, runtime, "reconstructing")
-    return heldout.images, np.concatenate([part["images"] for part in parts])
-
-
-def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB, float64 [n]; uint8 [n, H, W, 3] both."""
-    difference = (originals.astype(np.float64) - reconstructions) / 255.0
-    errors = np.square(difference).reshape(len(originals), -1).mean(axis=1)
-    return -10.0 * np.log10(np.maximum(errors, 1e-10))
-
-
 def evaluate_generation(recipe: EvaluationRecipe, runtime: Runtime, samples: str) -> dict[str, Any]:
     """Scores of a sample file."""
     images, labels = read_samples(samples)
@@ -134,7 +111,8 @@ def evaluate_generation(recipe: EvaluationRecipe, runtime: Runtime, samples: str
 
 def evaluate_reconstruction(recipe: EvaluationRecipe, runtime: Runtime, num_shown: int = 40) -> dict[str, Any]:
     """PSNR on the held-out split; writes ``reconstructions.png``, each image above its reconstruction."""
-    originals, reconstructions = reconstruct_heldout(recipe, runtime)
+    originals = open_source(recipe.data, "heldout").images
+    reconstructions = reconstruct(recipe.autoencoder, recipe.root, originals, recipe.data.batch_size, runtime)
     run_dir = recipe.path(recipe.run_dir)
     if runtime.process_index == 0:
         columns = num_shown // 2

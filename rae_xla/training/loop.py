@@ -82,7 +82,8 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
 
     weights = task.export(runtime.to_host(state))
     report = {
-        "task": task.name,
+        "task": recipe.task,
+        "name": task.name,
         "steps": task.num_steps,
         "images": task.num_steps * recipe.data.batch_size,
         "last": log.last,

@@ -6,6 +6,8 @@ Values stay on the device until a later step has been started, so reading them n
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import time
 from collections import deque
 from typing import Any
@@ -17,6 +19,8 @@ from tqdm import tqdm
 from rae_xla import storage
 from rae_xla.config import Config
 from rae_xla.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2
 # An object store cannot append, so the whole file is written again, and not at every line.
@@ -44,8 +48,12 @@ class MetricsLog:
         self._kept = _lines_until(path, start)
         self._last_time, self._last_step = time.perf_counter(), start
         self._written = time.monotonic()
-        main = runtime.process_index == 0
-        self._bar = tqdm(total=num_steps, initial=start, desc=name, unit="step", disable=not main, mininterval=0.5)
+        self._name, self._num_steps = name, num_steps
+        # A bar where people watch; lines, half a minute apart, where a file is written.
+        self._shows_bar = runtime.process_index == 0 and sys.stderr.isatty()
+        self._bar = tqdm(
+            total=num_steps, initial=start, desc=name, unit="step", mininterval=0.5, disable=not self._shows_bar
+        )
         self.last: dict[str, float] = {}
 
     def add(self, step: int, metrics: Any) -> None:
@@ -82,9 +90,12 @@ class MetricsLog:
         self.last = {"step": step, **values, "images_per_second": round(images / max(now - self._last_time, 1e-9), 2)}
         self._last_time, self._last_step = now, step
         self._lines.append(json.dumps(self.last) + "\n")
+        shown = f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s"
+        self._bar.set_postfix_str(shown)
         if time.monotonic() - self._written > WRITE_EVERY_SECONDS:
             self._write()
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s")
+            if not self._shows_bar:
+                logger.info("%s: step %d of %d, %s", self._name, step, self._num_steps, shown)
 
 
 def read_metrics(path: str) -> list[dict[str, float]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_xla
@@ -20,10 +18,6 @@ from rae_xla.xla.loop import device_loop
 from rae_xla.xla.mesh import Mesh
 from rae_xla.xla.step import CompiledStep
 
-logger = logging.getLogger(__name__)
-
-TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
-
 
 class XLARuntime:
     """All devices of the slice as one mesh. Making one starts torch_xla, once per process."""
@@ -31,9 +25,6 @@ class XLARuntime:
     name = "xla"
 
     def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
-        if "PJRT_DEVICE" not in os.environ and not any(os.path.exists(file) for file in TPU_DEVICE_FILES):
-            logger.info("no TPU here: running on the CPU; CPU_NUM_DEVICES=8 makes eight virtual devices of it")
-            os.environ["PJRT_DEVICE"] = "CPU"
         xr.use_spmd()
         self.num_devices = xr.global_runtime_device_count()
         self.process_index = xr.process_index()
@@ -48,8 +39,10 @@ class XLARuntime:
         self.loop = device_loop
         self._mesh = Mesh(mesh.shape_for(self.num_devices))
         self._device = torch_xla.device()
-        # A TPU multiplies float32 in bfloat16 unless told otherwise; global to the process, so set on every start.
-        torch_xla.backends.set_mat_mul_precision("highest" if precision == "fp32_highest" else "default")
+        # A TPU multiplies float32 in bfloat16 unless told otherwise; global to the process.
+        products: Literal["highest", "default"] = "highest" if precision == "fp32_highest" else "default"
+        if torch_xla.backends.get_mat_mul_precision() != products:
+            torch_xla.backends.set_mat_mul_precision(products)
 
     def describe(self) -> dict[str, Any]:
         """See `Runtime`."""

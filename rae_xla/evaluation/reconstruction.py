@@ -1,0 +1,137 @@
+"""Images through encoder and decoder, and how near they come back: PSNR, SSIM, LPIPS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+from rae_xla import storage
+from rae_xla.data.transforms import centre_crop, to_bytes, to_unit
+from rae_xla.errors import UserError
+from rae_xla.evaluation.batches import map_batches
+from rae_xla.evaluation.files import contact_sheet, write_png
+from rae_xla.models.autoencoder import AutoencoderConfig, load_latent_decoder, load_latent_encoder
+from rae_xla.models.functional import call, tensors_of
+from rae_xla.runtime import Runtime
+
+# torchvision's ImageNet weights, which the LPIPS of the papers stands on, where torch.hub keeps them.
+VGG_FILE = "vgg16-397923af.pth"
+SSIM_SIGMA = 1.5
+SSIM_BORDER = 5
+
+
+def reconstruct(
+    config: AutoencoderConfig, root: str, images: np.ndarray, batch_size: int, runtime: Runtime
+) -> np.ndarray:
+    """uint8 [n, H, W, 3] through encoder and decoder -> uint8 [n, S, S, 3], S the decoder's image size.
+
+    Raises:
+        UserError: weights are missing or do not fit.
+    """
+    encoder = load_latent_encoder(config, root, runtime.process_index)
+    decoder = load_latent_decoder(config, root)
+
+    def there_and_back(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents = call(encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]))
+        return {"images": to_bytes(call(decoder, frozen["decoder"], runtime.compute_dtype, latents))}
+
+    frozen = {"encoder": tensors_of(encoder), "decoder": tensors_of(decoder)}
+    parts = map_batches(there_and_back, frozen, {"images": images}, batch_size, runtime, "reconstructing")
+    return np.concatenate([part["images"] for part in parts])
+
+
+def reconstruct_files(
+    config: AutoencoderConfig, root: str, files: list[str], directory: str, runtime: Runtime
+) -> dict[str, Any]:
+    """Write each image file, cropped, beside its reconstruction into ``directory``; returns the scores.
+
+    ``lpips`` is ``None`` where VGG's weights are not on this machine.
+
+    Raises:
+        UserError: a file is not an image, or weights are missing or do not fit.
+    """
+    originals = np.stack([np.asarray(centre_crop(read_image(file), config.image_size)) for file in files])
+    images = reconstruct(config, root, originals, min(len(files), 8), runtime)
+    values: dict[str, np.ndarray | None] = {
+        "psnr": psnr(originals, images),
+        "ssim": ssim(originals, images),
+        "lpips": lpips(originals, images),
+    }
+    rows = []
+    for index, file in enumerate(files):
+        path = storage.join(directory, f"{index:03d}_{Path(file).stem}.png")
+        if runtime.process_index == 0:
+            write_png(path, contact_sheet(np.stack([originals[index], images[index]]), 2))
+        scores = {name: None if value is None else float(value[index]) for name, value in values.items()}
+        rows.append({"image": file, "beside": path, **scores})
+    means = {name: None if value is None else float(value.mean()) for name, value in values.items()}
+    return {**means, "num_images": len(rows), "images": rows, "runtime": runtime.describe()}
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        UserError: missing, or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise UserError(f"IMAGE: {path} is not an image that can be read") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
+
+
+def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each image in dB, float64 [n]; uint8 [n, H, W, 3] both."""
+    difference = (originals.astype(np.float64) - reconstructions) / 255.0
+    errors = np.square(difference).reshape(len(originals), -1).mean(axis=1)
+    return -10.0 * np.log10(np.maximum(errors, 1e-10))
+
+
+def ssim(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Structural similarity of each image, float64 [n]; uint8 [n, H, W, 3] both.
+
+    Wang et al. 2004: Gaussian window of standard deviation 1.5 and 11 pixels, on each channel, population variances;
+    the mean leaves out a border of 5 pixels, as scikit-image's does. Libraries that pad and keep the border give other
+    numbers.
+    """
+    return np.array([_ssim(*pair) for pair in zip(originals / 255.0, reconstructions / 255.0, strict=True)])
+
+
+def _ssim(first: np.ndarray, second: np.ndarray) -> float:
+    def blurred(image: np.ndarray) -> np.ndarray:
+        return gaussian_filter(image, (SSIM_SIGMA, SSIM_SIGMA, 0), radius=(SSIM_BORDER, SSIM_BORDER, 0))
+
+    mean1, mean2 = blurred(first), blurred(second)
+    variance1, variance2 = blurred(first * first) - mean1**2, blurred(second * second) - mean2**2
+    covariance = blurred(first * second) - mean1 * mean2
+    luminance = (2 * mean1 * mean2 + 0.01**2) / (mean1**2 + mean2**2 + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (variance1 + variance2 + 0.03**2)
+    inner = slice(SSIM_BORDER, -SSIM_BORDER)
+    return float((luminance * structure)[inner, inner].mean())
+
+
+def lpips(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray | None:
+    """LPIPS with VGG (arXiv 1801.03924) of each image, float64 [n]; uint8 [n, H, W, 3] both.
+
+    ``None`` if VGG's weights are not in torch.hub's folder of checkpoints; nothing is downloaded.
+    """
+    if not (Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE).exists():
+        return None
+    from lpips import LPIPS
+
+    network = LPIPS(net="vgg", verbose=False).eval()
+    with torch.no_grad():
+        pairs = [
+            [to_unit(torch.from_numpy(image[None])) * 2 - 1 for image in pair]
+            for pair in zip(originals, reconstructions, strict=True)
+        ]
+        return np.array([network(*pair).item() for pair in pairs])
