@@ -154,11 +154,17 @@ def read_pickle(path: str, key: str) -> Any:
     """
     filesystem, inner = _filesystem(path)
     try:
-        source = inner if _is_local(filesystem) else io.BytesIO(read_bytes(path))
-        return torch.load(source, map_location="cpu", weights_only=True)
+        if _is_local(filesystem):
+            Path(inner).open("rb").close()
+            source: Any = inner
+        else:
+            source = io.BytesIO(read_bytes(path))
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read; make it first, or correct the path") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    # A file that is cut can send the reader before its beginning, which is an OSError.
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
         raise UserError(f"{key}: {path} is not a checkpoint of plain tensors, or is cut short") from error
 
 

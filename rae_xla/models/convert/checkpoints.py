@@ -102,8 +102,8 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
         UserError: diffusers does not know the encoder, or a file is missing or does not fit.
     """
     port = config.encoder.row.port
-    if port is None or config.encoder.has_own_sizes:
-        raise UserError(f"autoencoder.encoder.name: diffusers does not know {config.encoder.name} with these sizes")
+    if port is None:
+        raise UserError(f"autoencoder.encoder.name: diffusers knows no {config.encoder.name}")
     if config.decoder.weights is None:
         raise UserError("autoencoder.decoder.weights: required here; give a safetensors file, or a released .pt")
     path = encoder_weights_path(config, root)

@@ -2,10 +2,15 @@
 
 It divides by (standard deviation + 1e-5) where the released code divides by sqrt(variance + 1e-5); the deviation stored
 is chosen so that both divide by the same number, which keeps the variance to float32 rounding, not to the bit.
+
+Its decoder scales positions to a grid of 16 (measured on diffusers 0.39): with 16x16 tokens its pictures are the
+released code's, with any other grid, 512 px among them, the same weights make other pictures there. A conversion of
+such a decoder warns.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +22,10 @@ from rae_xla.models.convert.encoders import port_from_timm, timm_from_port
 from rae_xla.models.convert.keys import Tensors, inverse
 from rae_xla.models.convert.released import Layout, decoder_tables, from_released, is_table, to_released
 
+logger = logging.getLogger(__name__)
+
 EPS = 1e-5
+SAME_POSITIONS_GRID = 16
 
 _DECODER_PARTS = {
     ".attention.to_q.": ".attention.attention.query.",
@@ -69,6 +77,7 @@ def from_diffusers(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Autoenc
     if missing:
         raise ValueError(f"config.json: {missing[0]} is missing")
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
+    _warn_of_positions(grid)
     released = {_replace(key, _DECODER_PARTS): value for key, value in parts["decoder"].items()}
     released |= decoder_tables(config["decoder_hidden_size"], grid)
     decoder, layout = from_released(released)
@@ -87,6 +96,7 @@ def to_diffusers(parts: AutoencoderParts, sizes: AutoencoderSizes) -> tuple[dict
     Position embeddings of the encoder must be those of its pretraining size, which diffusers resamples itself.
     """
     layout = Layout(kind="decoder", grid=sizes.encoder_input_size // sizes.encoder_patch_size)
+    _warn_of_positions(layout.grid)
     decoder = {key: value for key, value in to_released(parts.decoder, layout).items() if not is_table(key)}
     tensors = {
         **{f"encoder.{key}": value for key, value in port_from_timm(parts.encoder, sizes.port).items()},
@@ -120,6 +130,11 @@ def to_diffusers(parts: AutoencoderParts, sizes: AutoencoderSizes) -> tuple[dict
         "latents_std": None if parts.stats is None else tensors["_latents_std"].tolist(),
     }
     return tensors, config
+
+
+def _warn_of_positions(grid: int) -> None:
+    if grid != SAME_POSITIONS_GRID:
+        logger.warning("diffusers scales the decoder's positions for %dx%d tokens: pictures will differ", grid, grid)
 
 
 def _replace(key: str, table: Mapping[str, str]) -> str:
