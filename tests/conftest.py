@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +28,21 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
         text=True,
         check=False,
     )
+
+
+def run_tool(name: str, *arguments: str) -> tuple[int, str, str]:
+    """A tool in this process, which has torch imported already: (exit code, standard output, standard error)."""
+    output, errors = io.StringIO(), io.StringIO()
+    argv = sys.argv
+    sys.argv = [f"{name}.py", *arguments]
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            runpy.run_path(str(ROOT / "tools" / f"{name}.py"), run_name="__main__")
+    except SystemExit as ended:
+        return int(ended.code or 0), output.getvalue(), errors.getvalue()
+    finally:
+        sys.argv = argv
+    raise AssertionError(f"{name} did not exit")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, run_python
+from conftest import GOLDEN, run_tool
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -144,12 +144,12 @@ def test_a_file_cut_short_is_refused(end: str, tmp_path: Path) -> None:
 def test_the_tool_says_what_it_took_and_exits_with_2_for_a_mistake(tmp_path: Path) -> None:
     torch.save({"ema": load_file(GOLDEN / "dit.safetensors"), "model": {}}, tmp_path / "in.pt")
     arguments = [str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors"), "--json", str(tmp_path / "report.json")]
-    done = run_python("tools/convert_checkpoint.py", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "dit, ema weights: wrote" in done.stdout
+    code, output, errors = run_tool("convert_checkpoint", *arguments)
+    assert code == 0, errors
+    assert "dit, ema weights: wrote" in output
     assert json.loads((tmp_path / "report.json").read_text())["taken"] == "ema"
-    done = run_python("tools/convert_checkpoint.py", str(tmp_path / "none.pt"), str(tmp_path / "out.safetensors"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.pt cannot be read" in done.stderr
+    code, _, errors = run_tool("convert_checkpoint", str(tmp_path / "none.pt"), str(tmp_path / "out.safetensors"))
+    assert code == 2 and errors.count("\n") == 1 and "none.pt cannot be read" in errors
 
 
 ENCODERS = {

@@ -1,6 +1,7 @@
 """The project's own measurements.
 
-models   parameters and multiply-adds of every named model, beside the paper's figures
+models  parameters and multiply-adds of every named model, beside the paper's figures
+width   Theorem 1: the loss of one digit learnt by heart at several widths, beside its bound (needs a quickstart's run)
 """
 
 from __future__ import annotations
@@ -11,13 +12,8 @@ from typing import Any
 from rae_xla import cli
 
 
-def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the rows that were printed."""
-    return {"models": models}[arguments.what]()
-
-
-def models() -> dict[str, Any]:
-    """`rows` of ``name params_millions gflops`` and the paper's figures."""
+def models(_: argparse.Namespace) -> dict[str, Any]:
+    """``rows`` of ``name params_millions gflops``, and the paper's figures."""
     from dataclasses import asdict
 
     from rae_xla.models.flops import model_costs
@@ -26,21 +22,31 @@ def models() -> dict[str, Any]:
     print("One image of 256 px; GFLOPs are billions of multiply-adds. 'as the paper': see rae_xla/models/flops.py.")
     print(f"{'':14} {'M parameters':>13} {'paper':>7} {'GFLOPs':>8} {'as the paper':>13} {'paper':>7}")
     for row in rows:
-        shown = [
-            f"{row[key]:.{digits}f}" if row[key] is not None else ""
-            for key, digits in (
-                ("params_millions", 1),
-                ("paper_params_millions", 1),
-                ("gflops", 2),
-                ("gflops_as_paper", 2),
-                ("paper_gflops", 2),
-            )
-        ]
-        print(f"{row['name']:14} {shown[0]:>13} {shown[1]:>7} {shown[2]:>8} {shown[3]:>13} {shown[4]:>7}")
+        print(
+            f"{row['name']:14} {row['params_millions']:13.1f} {_shown(row['paper_params_millions'], 1):>7} "
+            f"{row['gflops']:8.2f} {_shown(row['gflops_as_paper'], 2):>13} {_shown(row['paper_gflops'], 2):>7}"
+        )
     return {"rows": rows}
+
+
+def width(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``rows`` of ``width loss bound steps``."""
+    from rae_xla.benchmarks.width import WIDTHS, loss_by_width
+
+    rows = loss_by_width(arguments.root, WIDTHS, [])
+    print("width   loss   bound (96 channels)")
+    for row in rows:
+        print(f"{row['width']:5} {row['loss']:7.4f} {row['bound']:6.4f}")
+    return {"rows": rows}
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__, recipe=False)
-    parser.add_argument("what", choices=["models"])
-    cli.run(main, parser)
+    measurements = {"models": models, "width": width}
+    parser.add_argument("what", choices=list(measurements))
+    parser.add_argument("--root", metavar="DIR", default="runs/quickstart", help="of a quickstart, for width")
+    cli.run(lambda arguments: measurements[arguments.what](arguments), parser)

@@ -1,0 +1,135 @@
+"""Sizes, counts and construction of the named models and of every recipe's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+from rae_xla.errors import UserError
+from rae_xla.models.autoencoder import LatentDecoder
+from rae_xla.models.classifier import create_classifier
+from rae_xla.models.diffusion import create_diffusion_model
+from rae_xla.models.dit import DiTConfig
+from rae_xla.models.dit_dh import DiTDHConfig
+from rae_xla.models.encoders import Encoder, EncoderConfig
+from rae_xla.models.flops import ModelCost, model_costs, parameters_millions
+from rae_xla.models.loading import initialised, on_meta
+from rae_xla.recipe import load_recipe
+
+# Millions of parameters of what each recipe trains or samples with; the frozen encoder not counted.
+RECIPES = {
+    "quickstart/encoder": 0.2449,
+    "quickstart/judge": 0.1903,
+    "quickstart/decoder": 0.4362,
+    "quickstart/guide": 0.4831,
+    "quickstart/diffusion": 1.0704,
+    "quickstart/sample_unguided": 1.0704,
+    "quickstart/sample_classifier_free": 1.0704,
+    "quickstart/sample_autoguidance": 1.0704,
+    "quickstart/overfit": 0.4338,
+    "quickstart/latent_stats": 0.0,
+    "quickstart/evaluation": 0.4362,
+    "released/dinov2_b": 415.4,
+    "released/dinov2_b_512": 416.2,
+    "released/siglip2_b": 415.4,
+    "released/mae_b": 415.4,
+    "released/imagenet256": 838.7,
+    "released/imagenet256_autoguidance": 838.7,
+    "released/imagenet512": 839.6,
+    "released/imagenet512_autoguidance": 839.6,
+}
+BASES = {"quickstart/autoencoder"}
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, ModelCost]:
+    return {cost.name: cost for cost in model_costs()}
+
+
+def test_parameters_are_those_of_the_paper(costs: dict[str, ModelCost]) -> None:
+    compared = {name: cost for name, cost in costs.items() if cost.paper_params_millions is not None}
+    assert compared.keys() == {"vit_b", "vit_l", "vit_xl", "dit_xl", "dit_dh_xl"}
+    for name, cost in compared.items():
+        # The paper's 676 M of DiT-XL is 677.2 here and in the released code.
+        allowed = 1.3 if name == "dit_xl" else 0.06
+        assert abs(cost.params_millions - cost.paper_params_millions) < allowed, (name, cost)
+
+
+def test_multiply_adds_are_those_of_the_paper(costs: dict[str, ModelCost]) -> None:
+    compared = [cost for cost in costs.values() if cost.paper_gflops is not None]
+    assert len(compared) == 6
+    for cost in compared:
+        assert cost.gflops_as_paper == pytest.approx(cost.paper_gflops, rel=0.005), cost
+        assert cost.gflops > cost.gflops_as_paper
+
+
+def built(recipe: Any) -> torch.nn.Module | None:
+    if recipe.task == "classifier":
+        return create_classifier(recipe.model, image_size=recipe.data.image_size, num_classes=10)
+    if recipe.task in ("diffusion", "sampling"):
+        num_classes = recipe.num_classes if recipe.task == "sampling" else 10
+        return create_diffusion_model(recipe.model, recipe.autoencoder.encoder.latent_shape, num_classes)
+    return None if recipe.task == "latent_stats" else LatentDecoder(recipe.autoencoder).decoder
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_builds_on_the_meta_device(path: Path) -> None:
+    name = str(path.relative_to(ROOT / "recipes").with_suffix(""))
+    if name in BASES:
+        with pytest.raises(UserError, match="task: missing"):
+            load_recipe(str(path), [])
+        return
+    recipe = load_recipe(str(path), [])
+    module = on_meta(lambda: built(recipe) or torch.nn.Identity())
+    assert parameters_millions(module) == pytest.approx(RECIPES[name], rel=1e-3)
+    if hasattr(recipe, "autoencoder"):
+        encoder = on_meta(lambda: Encoder(recipe.autoencoder.encoder))
+        assert all(parameter.is_meta for parameter in encoder.parameters())
+        # The latents that the recipe's sizes promise are those the encoder gives.
+        side = recipe.autoencoder.encoder.input_size
+        with torch.no_grad():
+            features = encoder.to("meta")(torch.empty(2, 3, side, side, device="meta"))
+        assert features.shape[1:] == recipe.autoencoder.encoder.latent_shape
+
+
+def test_an_explicit_size_wins_over_the_name() -> None:
+    config = DiTDHConfig.model_validate({"name": "dit_dh_xl", "head_depth": 6, "head_width": 1152})
+    assert (config.width, config.depth, config.head_depth, config.head_width) == (1152, 28, 6, 1152)
+    with pytest.raises(ValueError, match="name 'dit_xxl' is not known; use dit_s, dit_b, dit_l, dit_xl"):
+        DiTConfig.model_validate({"name": "dit_xxl"})
+
+
+@pytest.mark.parametrize("config", [DiTConfig(width=32, depth=1, num_heads=2), None], ids=["dit", "dit_dh"])
+def test_unconditional_is_one_class(config: DiTConfig | None) -> None:
+    config = config or DiTDHConfig(width=32, depth=1, num_heads=2, head_width=32, head_depth=1, head_num_heads=2)
+    model = initialised(lambda: create_diffusion_model(config, (8, 4, 4), num_classes=1), 0)
+    assert model.label_embedder.table.weight.shape[0] == 2
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        x, t = torch.randn(3, 8, 4, 4), torch.rand(3)
+        velocity, null = (model(x, t, torch.full((3,), label)) for label in (0, 1))
+    assert velocity.shape == x.shape and (velocity - null).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"name": "dinov3"}, "name"),
+        ({"name": "dinov2_b", "input_size": 230}, "input_size: 230 is not a multiple of the patch size 14"),
+        ({"name": "dinov2_b", "timm_model": "vit_tiny_patch16_224"}, "goes with name: timm_vit"),
+        ({"name": "timm_vit", "timm_model": "vit_none", "input_size": 224}, "timm has no 'vit_none'"),
+        (
+            {"name": "timm_vit", "timm_model": "resnet50", "input_size": 224},
+            "resnet50 (cannot be built|is not a plain)",
+        ),
+        ({"name": "timm_vit", "timm_model": "vit_tiny_patch16_224", "input_size": 32, "width": 50}, "cannot be built"),
+    ],
+)
+def test_encoders_that_cannot_be(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EncoderConfig.model_validate(content)
