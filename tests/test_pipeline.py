@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from short_quickstart import load_short_recipe
 
 from rae_xla.data.sources import DataConfig, open_source
 from rae_xla.data.transforms import to_unit
+from rae_xla.evaluation.generation import Sampler
 from rae_xla.models.autoencoder import STATS_EPS, load_latent_encoder
 from rae_xla.recipe import load_recipe
+from rae_xla.runtime import MeshConfig, create
 from rae_xla.training.metrics import read_metrics
+from rae_xla.training.tasks import train
 
 TRAININGS = ("encoder", "judge", "decoder", "guide", "diffusion")
 GUIDANCE = ("unguided", "classifier_free", "autoguidance")
@@ -71,10 +75,15 @@ def test_latent_statistics_normalise_the_features(one_device_run: Path, eight_de
     np.testing.assert_allclose(one["mean"], eight["mean"], atol=2e-3)
 
 
-def test_same_seed_same_samples(one_device_run: Path) -> None:
-    from rae_xla.evaluation.generation import Sampler
-    from rae_xla.runtime import MeshConfig, create
+def test_same_seed_same_weights(one_device_run: Path, tmp_path: Path) -> None:
+    """Byte for byte, in another process than the first."""
+    recipe = load_short_recipe("recipes/quickstart/judge.yaml", [f"root={tmp_path}"])
+    train(recipe, create("xla", recipe.mesh, recipe.precision))
+    first, again = [(root / "judge" / "weights.safetensors").read_bytes() for root in (one_device_run, tmp_path)]
+    assert first == again
 
+
+def test_same_seed_same_samples(one_device_run: Path) -> None:
     with np.load(one_device_run / "samples" / "unguided" / "samples.npz") as samples:
         images, labels = samples["arr_0"], samples["arr_1"]
     runtime = create("xla", MeshConfig(), "fp32")
