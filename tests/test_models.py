@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 
 from rae_xla.errors import UserError
-from rae_xla.models.autoencoder import LatentDecoder
+from rae_xla.models.autoencoder import AutoencoderConfig, LatentDecoder
 from rae_xla.models.classifier import create_classifier
 from rae_xla.models.diffusion import create_diffusion_model
 from rae_xla.models.dit import DiTConfig
@@ -114,6 +114,23 @@ def test_unconditional_is_one_class(config: DiTConfig | None) -> None:
         x, t = torch.randn(3, 8, 4, 4), torch.rand(3)
         velocity, null = (model(x, t, torch.full((3,), label)) for label in (0, 1))
     assert velocity.shape == x.shape and (velocity - null).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("input_size", "patch_size", "image_size"), [(224, 16, 256), (224, 32, 512), (448, 16, 512)], ids=str
+)
+def test_decoders_make_the_pixels_of_the_paper(input_size: int, patch_size: int, image_size: int) -> None:
+    """256 px; 512 px from 256 tokens by patch 32; 512 px from 1,024 tokens."""
+    content = {
+        "encoder": {"name": "dinov2_b", "input_size": input_size},
+        "decoder": {"name": "vit_b", "patch_size": patch_size, "depth": 1},
+    }
+    config = AutoencoderConfig.model_validate(content)
+    assert config.image_size == image_size
+    decoder = on_meta(lambda: LatentDecoder(config)).to("meta")
+    with torch.no_grad():
+        images = decoder(torch.empty(2, *config.encoder.latent_shape, device="meta"))
+    assert images.shape == (2, 3, image_size, image_size)
 
 
 @pytest.mark.parametrize(

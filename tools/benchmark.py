@@ -31,13 +31,16 @@ def models(_: argparse.Namespace) -> dict[str, Any]:
 
 def width(arguments: argparse.Namespace) -> dict[str, Any]:
     """``rows`` of ``width loss bound steps``."""
-    from rae_xla.benchmarks.width import WIDTHS, loss_by_width
+    from rae_xla.benchmarks.width import WIDTHS, draw, loss_by_width
 
     rows = loss_by_width(arguments.root, WIDTHS, [])
-    print("width   loss   bound (96 channels)")
+    print(f"width   loss  bound (tokens are {rows[0]['token_width']} wide)")
     for row in rows:
-        print(f"{row['width']:5} {row['loss']:7.4f} {row['bound']:6.4f}")
-    return {"rows": rows}
+        print(f"{row['width']:5} {row['loss']:6.4f} {row['bound']:6.4f}")
+    picture = f"{arguments.root}/overfit/width.png"
+    draw(rows, picture)
+    print(f"drawn in {picture}")
+    return {"rows": rows, "picture": picture}
 
 
 def _shown(value: float | None, digits: int) -> str:

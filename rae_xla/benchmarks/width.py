@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
 
@@ -21,6 +23,26 @@ RECIPE = Path(__file__).parent.parent.parent / "recipes" / "quickstart" / "overf
 WIDTHS = (32, 48, 64, 80, 96, 128)
 # Lines of the log that are averaged at the end of a run.
 LAST_LINES = 10
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """Losses and bounds over the width as a PNG."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.5, 3.4))
+    widths, channels = [row["width"] for row in rows], rows[0]["token_width"]
+    axis.plot(widths, [row["bound"] for row in rows], "--", color="grey", label="Theorem 1: not below this")
+    axis.plot(widths, [row["loss"] for row in rows], "o-", label=f"loss after {rows[0]['steps']} steps")
+    axis.axvline(channels, color="grey", linewidth=0.8)
+    axis.annotate(f"token width {channels}", (channels, axis.get_ylim()[1]), ha="right", va="top", rotation=90)
+    axis.set(xlabel="width of the DiT", ylabel="flow-matching loss", ylim=(0, None))
+    axis.legend()
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    storage.write_bytes(path, buffer.getvalue())
 
 
 def loss_by_width(root: str, widths: tuple[int, ...], overrides: list[str]) -> list[dict[str, Any]]:
@@ -41,6 +63,7 @@ def loss_by_width(root: str, widths: tuple[int, ...], overrides: list[str]) -> l
         rows.append(
             {
                 "width": width,
+                "token_width": latents.shape[1],
                 "loss": float(np.mean([line["loss"] for line in lines[-LAST_LINES:]])),
                 "bound": narrow_width_bound(latents, width),
                 "steps": int(lines[-1]["step"]),
