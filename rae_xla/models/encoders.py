@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from rae_xla.config import Config
 from rae_xla.errors import UserError
-from rae_xla.models.convert.encoders import is_port, timm_from_port
+from rae_xla.models.convert.encoders import features_only, is_port, timm_from_port
 from rae_xla.models.convert.files import read_weight_file
 from rae_xla.models.loading import assign_weights, on_meta
 from rae_xla.models.resize import resize_bicubic
@@ -204,9 +204,7 @@ def load_encoder(config: EncoderConfig, path: str, key: str) -> Encoder:
 
 
 def _fitted(tensors: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    backbone = {name.removeprefix("backbone."): value for name, value in tensors.items()}
-    unused = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
-    kept = {name: value for name, value in backbone.items() if not name.startswith(unused)}
+    kept = features_only(tensors)
     if "pos_embed" in kept:
         model, config = encoder.backbone, encoder.config
         num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens

@@ -1,6 +1,7 @@
 """Whole files from one layout to another: what ``tools/convert_checkpoint.py`` does.
 
-Every state dict is checked key by key against the model of its sizes before anything is written.
+Decoders and diffusion transformers are checked key by key against the model of their sizes, statistics against each
+other, before anything is written; an encoder is checked when a recipe loads it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from rae_xla import __version__, storage
 from rae_xla.errors import UserError
 from rae_xla.models.autoencoder import AutoencoderConfig, encoder_weights_path
 from rae_xla.models.convert.diffusers import AutoencoderParts, AutoencoderSizes, from_diffusers, to_diffusers
-from rae_xla.models.convert.encoders import is_port, timm_from_port
+from rae_xla.models.convert.encoders import features_only, is_port, timm_from_port
 from rae_xla.models.convert.files import Which, read_weight_file, read_weights
 from rae_xla.models.convert.keys import Tensors
 from rae_xla.models.convert.released import Layout, from_released, kind_of, to_released
@@ -109,7 +110,7 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
     path = encoder_weights_path(config, root)
     encoder = read_weight_file(path, "autoencoder.encoder.weights").tensors
     channels, grid, _ = config.encoder.latent_shape
-    encoder = timm_from_port(encoder) if is_port(encoder) else encoder
+    encoder = features_only(timm_from_port(encoder) if is_port(encoder) else encoder)
     decoder = read_weights(storage.resolve(root, config.decoder.weights), "autoencoder.decoder.weights")
     stats = None
     if config.latent_stats is not None:
@@ -152,6 +153,9 @@ def _check(tensors: Tensors, layout: Layout | None) -> None:
         expected = _model_of(tensors, layout).state_dict()
     except KeyError as error:
         raise ValueError(f"{error.args[0]} is missing") from error
+    # A tensor of other dimensions than it should have, or sizes that no model can have.
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"the weights' shapes are not those of any {layout.kind}") from error
     differences = describe_differences(tensors, expected)
     if differences:
         raise ValueError(differences)

@@ -156,6 +156,13 @@ def port_from_timm(tensors: Tensors, name: str) -> dict[str, Tensor]:
     return {prefix + key: value for key, value in theirs.items()}
 
 
+def features_only(tensors: Tensors) -> dict[str, Tensor]:
+    """timm's state dict, or that of an encoder trained here, without what features do not need."""
+    backbone = {key.removeprefix("backbone."): value for key, value in tensors.items()}
+    unused = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
+    return {key: value for key, value in backbone.items() if not key.startswith(unused)}
+
+
 def _recognise(tensors: Tensors) -> tuple[str, str] | None:
     for name, port in _PORTS.items():
         for prefix in port.prefixes:

@@ -152,7 +152,8 @@ def from_released(tensors: Tensors, backbone_depth: int | None = None) -> tuple[
 def to_released(tensors: Tensors, layout: Layout | None) -> dict[str, Tensor]:
     """The inverse of `from_released`; ``None`` stands for statistics."""
     if layout is None:
-        return {theirs: tensors[ours] for theirs, ours in _STATS.items()}
+        _check_stats(tensors)
+        return rename_all(tensors, lambda key: rename(key, inverse(_STATS)))
     if layout.kind == "decoder":
         return _decoder_to_released(tensors, layout)
     return _dit_to_released(tensors, layout)
@@ -160,14 +161,23 @@ def to_released(tensors: Tensors, layout: Layout | None) -> dict[str, Tensor]:
 
 def _stats_from_released(tensors: Tensors) -> dict[str, Tensor]:
     ours = rename_all(tensors, lambda key: rename(key, _STATS))
-    return {"mean": torch.zeros_like(tensors["var"]), **ours}
+    stats = {"mean": torch.zeros_like(tensors["var"]), **ours}
+    _check_stats(stats)
+    return stats
+
+
+def _check_stats(stats: Tensors) -> None:
+    shapes = {key: list(value.shape) for key, value in stats.items()}
+    fits = shapes.keys() == {"mean", "variance"} and shapes["mean"] == shapes["variance"]
+    if not fits or len(shapes["mean"]) != 3:
+        raise ValueError(f"statistics should be a mean and a variance [C, h, w] of one shape, found {shapes}")
 
 
 def _dit_from_released(
     tensors: Tensors, kind: Literal["dit", "dit_dh"], backbone_depth: int | None
 ) -> tuple[dict[str, Tensor], Layout]:
-    if kind == "dit_dh" and backbone_depth is None:
-        backbone_depth = _backbone_depth(tensors)
+    if kind == "dit_dh":
+        backbone_depth = _backbone_depth(tensors, backbone_depth)
     layout = _dit_layout(tensors, kind)
     _check_tables(tensors, _dit_tables(tensors["pos_embed"].shape[-1], layout))
 
@@ -206,7 +216,15 @@ def _dit_to_released(tensors: Tensors, layout: Layout) -> dict[str, Tensor]:
     return {**released, **_dit_tables(tensors[f"{embedding}.weight"].shape[0], layout)}
 
 
-def _backbone_depth(tensors: Tensors) -> int:
+def _backbone_depth(tensors: Tensors, given: int | None) -> int:
+    num_blocks = len({key.split(".")[1] for key in tensors if key.startswith("blocks.")})
+    if given is not None:
+        if not 0 < given < num_blocks:
+            raise ValueError(f"backbone depth {given}: backbone and head have {num_blocks} blocks together")
+        return given
+    missing = [key for key in ("s_embedder.proj.weight", "x_embedder.proj.weight") if key not in tensors]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
     backbone, head = (tensors[f"{name}_embedder.proj.weight"].shape[0] for name in ("s", "x"))
     if backbone == head:
         raise ValueError(
@@ -219,12 +237,16 @@ def _backbone_depth(tensors: Tensors) -> int:
 
 def _dit_layout(tensors: Tensors, kind: Literal["dit", "dit_dh"]) -> Layout:
     prefixes = ("",) if kind == "dit" else ("enc_", "dec_")
-    needed = ["pos_embed", *[f"{prefix}feat_rope.freqs_cos" for prefix in prefixes]]
-    missing = [key for key in needed if key not in tensors]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing; it tells the grid and the number of heads")
-    grid = round(tensors["pos_embed"].shape[1] ** 0.5)
-    return Layout(kind=kind, grid=grid, head_widths=tuple(tensors[key].shape[1] for key in needed[1:]))
+    angles = [_table(tensors, f"{prefix}feat_rope.freqs_cos", num_dims=2) for prefix in prefixes]
+    grid = round(_table(tensors, "pos_embed", num_dims=3).shape[1] ** 0.5)
+    return Layout(kind=kind, grid=grid, head_widths=tuple(table.shape[1] for table in angles))
+
+
+def _table(tensors: Tensors, key: str, num_dims: int) -> Tensor:
+    if key not in tensors or tensors[key].ndim != num_dims:
+        found = list(tensors[key].shape) if key in tensors else "missing"
+        raise ValueError(f"{key} is {found}; it should be a table of {num_dims} dimensions, which tells the sizes")
+    return tensors[key]
 
 
 def _dit_tables(width: int, layout: Layout) -> dict[str, Tensor]:
@@ -238,10 +260,9 @@ def _dit_tables(width: int, layout: Layout) -> dict[str, Tensor]:
 
 
 def _decoder_from_released(tensors: Tensors) -> tuple[dict[str, Tensor], Layout]:
-    if "decoder_pos_embed" not in tensors:
-        raise ValueError("decoder_pos_embed is missing; it tells the grid")
-    layout = Layout(kind="decoder", grid=round((tensors["decoder_pos_embed"].shape[1] - 1) ** 0.5))
-    _check_tables(tensors, decoder_tables(tensors["decoder_pos_embed"].shape[2], layout.grid))
+    positions = _table(tensors, "decoder_pos_embed", num_dims=3)
+    layout = Layout(kind="decoder", grid=round((positions.shape[1] - 1) ** 0.5))
+    _check_tables(tensors, decoder_tables(positions.shape[2], layout.grid))
     stacked = stack_attention({k: v for k, v in tensors.items() if not is_table(k)}, *_DECODER_ATTENTION)
     return rename_blocks(stacked, _DECODER, ("decoder_layers", "blocks"), _DECODER_BLOCK), layout
 
