@@ -47,6 +47,8 @@ def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.Arg
     # Options may stand between the overrides.
     arguments = made.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Its exceptions are told in one line; its log tells them again, with tracebacks.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         if arguments.json and Path(arguments.json).is_dir():
             raise UserError(f"--json: {arguments.json} is a directory; give a file")

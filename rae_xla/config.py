@@ -94,7 +94,7 @@ def sizes_by_name(content: Any, sizes: Mapping[str, Mapping[str, Any]]) -> Any:
         ValueError: a name that is not in ``sizes``.
     """
     name = content.get("name") if isinstance(content, dict) else None
-    if name is None:
+    if not isinstance(name, str):
         return content
     if name not in sizes:
         raise ValueError(f"name {name!r} is not known; use {', '.join(sizes)}, or give every size")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from rae_xla import storage
 from rae_xla.config import Config, apply_overrides, describe_errors, read_yaml
@@ -64,11 +64,20 @@ class TrainingRecipe(RunRecipe):
     checkpoint: CheckpointConfig
 
 
+def _classifier_kind(content: Any) -> str:
+    if isinstance(content, dict):
+        return "convnet" if content.get("name") == "convnet" else "encoder"
+    return "convnet" if isinstance(content, ConvNetConfig) else "encoder"
+
+
 class ClassifierRecipe(TrainingRecipe):
     """Train a classifier on the source's labels: the quickstart's encoder, and its independent judge."""
 
     task: Literal["classifier"]
-    model: Annotated[EncoderConfig | ConvNetConfig, Field(discriminator="name")]
+    model: Annotated[
+        Annotated[EncoderConfig, Tag("encoder")] | Annotated[ConvNetConfig, Tag("convnet")],
+        Discriminator(_classifier_kind),
+    ]
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
     @model_validator(mode="after")

@@ -6,9 +6,9 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import posixpath
 import uuid
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,12 @@ def exists(path: str) -> bool:
     """Is there a file or directory of this name?"""
     filesystem, inner = _filesystem(path)
     return bool(filesystem.exists(inner))
+
+
+def is_directory(path: str) -> bool:
+    """Is there a directory of this name?"""
+    filesystem, inner = _filesystem(path)
+    return bool(filesystem.isdir(inner))
 
 
 def list_names(directory: str) -> list[str]:
@@ -162,9 +168,11 @@ def read_pickle(path: str, key: str) -> Any:
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read; make it first, or correct the path") from error
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
-    # A file that is cut can send the reader before its beginning, which is an OSError.
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
+        # Mapped, a training's file costs the memory of the weights that are taken from it.
+        mapped = isinstance(source, str) and zipfile.is_zipfile(source)
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    # Bytes that are no such file can stop the reader anywhere, with any exception.
+    except Exception as error:
         raise UserError(f"{key}: {path} is not a checkpoint of plain tensors, or is cut short") from error
 
 

@@ -136,7 +136,9 @@ def test_decoders_make_the_pixels_of_the_paper(input_size: int, patch_size: int,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"name": "dinov3"}, "name"),
+        ({"name": "dinov3"}, "name 'dinov3' is not known; use dinov2_s"),
+        ({"name": "timm_vit", "timm_model": "vit_base_patch32_224.foo", "input_size": 224}, "timm has no"),
+        ({"name": "timm_vit", "timm_model": "vit_base_r50_s16_224", "input_size": 224}, "is not a plain"),
         ({"name": "dinov2_b", "input_size": 230}, "input_size: 230 is not a multiple of the patch size 14"),
         ({"name": "dinov2_b", "timm_model": "vit_tiny_patch16_224"}, "goes with name: timm_vit"),
         ({"name": "timm_vit", "timm_model": "vit_none", "input_size": 224}, "timm has no 'vit_none'"),

@@ -124,12 +124,15 @@ def test_labels_and_noise_from_files_and_latents_to_one(root: Path, tmp_path: Pa
     ("arguments", "message"),
     [
         (["--labels", "1,9"], "labels: must lie in 0..4, got 1..9"),
+        (["--labels", "4294967297"], "labels: must lie in 0..4"),
         (["--labels", "a"], "--labels: 'a' is not a list of numbers"),
         (["--num-images", "0"], "--num-images: must be at least 1"),
         (["--initial-noise", "x.npy"], "--initial-noise: goes with --labels or --labels-file"),
         (["--labels", "1", "--initial-noise", "README.md"], "README.md is not a .npy file"),
         (["model.weights=stat.pt"], r"model.weights: .*stat.pt does not fit this model"),
         (["model.width=32", "model.num_heads=2"], r"model.weights: .* does not fit this model: .*should be \[.*32"),
+        (["model.num_heads=4"], r"made for 4x4 tokens and heads 8 and 16 wide, this model has .* heads 4 and 16 wide"),
+        (["autoencoder.encoder.input_size=64"], r"latent_stats: .* should be|made for 4x4 tokens.* has 8x8 tokens"),
         (["model.weights=null"], "model.weights: required here"),
         (["autoencoder.latent_stats=model.pt"], "autoencoder.latent_stats: .*mean is missing, should be"),
         (["autoencoder.encoder.width=32"], r"is \[24, 4, 4\], should be \[32, 4, 4\]|does not fit this model"),
@@ -144,7 +147,10 @@ def test_mistakes_are_one_line(root: Path, tmp_path: Path, arguments: list[str],
     assert not (tmp_path / "out").exists()
 
 
-def test_reconstruct_writes_images_beside_their_reconstructions(root: Path, tmp_path: Path) -> None:
+def test_reconstruct_writes_images_beside_their_reconstructions(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # No VGG here.
     pixels = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     Image.fromarray(pixels[..., 0]).resize((40, 33)).save(tmp_path / "grey.jpg")
@@ -163,6 +169,9 @@ def test_reconstruct_writes_images_beside_their_reconstructions(root: Path, tmp_
     assert code == 2 and "text.png is not an image that can be read" in errors and errors.count("\n") == 1
     with pytest.raises(UserError, match="cannot be read"):
         read_image(str(tmp_path / "none.png"))
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 256).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match="more than 8 bits"):
+        read_image(str(tmp_path / "deep.png"))
 
 
 def test_ssim_equals_its_definition() -> None:

@@ -23,19 +23,20 @@ from rae_xla import cli
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what was converted."""
-    from pathlib import Path
-
+    from rae_xla import storage
     from rae_xla.errors import UserError
     from rae_xla.models.convert.checkpoints import convert_file, convert_from_diffusers, convert_to_diffusers
     from rae_xla.recipe import load_recipe, with_autoencoder
 
     source, target, to = arguments.source, arguments.target, arguments.to
+    if arguments.overrides and to != "diffusers":
+        raise UserError(f"{arguments.overrides[0]}: only a recipe has keys to override, with --to diffusers")
     if to == "diffusers":
         if not source.endswith((".yaml", ".yml")):
             raise UserError(f"IN: {source}: a recipe (.yaml) with an autoencoder is needed for --to diffusers")
-        recipe = load_recipe(source, [], *with_autoencoder())
+        recipe = load_recipe(source, arguments.overrides, *with_autoencoder())
         result = convert_to_diffusers(recipe.autoencoder, recipe.root, target)
-    elif Path(source).is_dir():
+    elif storage.is_directory(source):
         if to != "ours":
             raise UserError(f"IN: {source} is a directory, a saved AutoencoderRAE converts to ours only")
         result = convert_from_diffusers(source, target)
@@ -50,6 +51,7 @@ if __name__ == "__main__":
     parser = cli.parser(__doc__, recipe=False)
     parser.add_argument("source", metavar="IN", help="a file, a directory or a recipe")
     parser.add_argument("target", metavar="OUT", help="a file or a directory; may be gs://")
+    parser.add_argument("overrides", metavar="key.sub=value", nargs="*", help="laid over the recipe")
     parser.add_argument("--to", choices=["ours", "released", "diffusers"], default="ours", help="default: ours")
     parser.add_argument(
         "--weights", choices=["ema", "model"], help="of a training's file (default: ema if there is one)"

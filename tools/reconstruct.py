@@ -37,8 +37,9 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _shown(scores: dict[str, Any]) -> str:
-    lpips = "without (no VGG weights)" if scores["lpips"] is None else f"{scores['lpips']:.4f}"
-    return f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}, LPIPS {lpips}"
+    lpips = "left out (no VGG weights)" if scores["lpips"] is None else f"{scores['lpips']:.4f}"
+    ssim = "left out (too small)" if scores["ssim"] is None else f"{scores['ssim']:.4f}"
+    return f"PSNR {scores['psnr']:.2f} dB, SSIM {ssim}, LPIPS {lpips}"
 
 
 if __name__ == "__main__":

@@ -35,9 +35,9 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     axis.plot(widths, [row["bound"] for row in rows], "--", color="grey", label="Theorem 1: not below this")
     axis.plot(widths, [row["loss"] for row in rows], "o-", label=f"loss after {rows[0]['steps']} steps")
     axis.axvline(channels, color="grey", linewidth=0.8)
-    axis.annotate(f"token width {channels}", (channels, axis.get_ylim()[1]), ha="right", va="top", rotation=90)
+    axis.text(channels, rows[0]["loss"], " token width", va="center")
     axis.set(xlabel="width of the DiT", ylabel="flow-matching loss", ylim=(0, None))
-    axis.legend()
+    axis.legend(loc="lower left")
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -50,14 +50,14 @@ def loss_by_width(root: str, widths: tuple[int, ...], overrides: list[str]) -> l
 
     ``root`` holds the quickstart's encoder and statistics; runs go to ``root/overfit``.
     """
+    common = [*overrides, f"root={root}"]
+    recipe = load_recipe(str(RECIPE), common)
+    with torch.no_grad():
+        images = to_unit(torch.from_numpy(open_source(recipe.data, "train").images))
+        latents = load_latent_encoder(recipe.autoencoder, recipe.root)(images)
     rows = []
     for width in widths:
-        own = [f"model.width={width}", f"run_dir=overfit/width_{width}"]
-        recipe = load_recipe(str(RECIPE), [*overrides, f"root={root}", *own])
-        encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
-        images = open_source(recipe.data, "train").images
-        with torch.no_grad():
-            latents = encoder(to_unit(torch.from_numpy(images)))
+        recipe = load_recipe(str(RECIPE), [*common, f"model.width={width}", f"run_dir=overfit/width_{width}"])
         train(recipe, runtime.create(recipe.runtime, recipe.mesh, recipe.precision))
         lines = read_metrics(storage.join(recipe.path(recipe.run_dir), "metrics.jsonl"))
         rows.append(

@@ -51,10 +51,10 @@ def read_array(path: str, key: str) -> np.ndarray:
         array = np.load(io.BytesIO(storage.read_bytes(path)), allow_pickle=False)
     except OSError as error:
         raise UserError(f"{key}: {path} cannot be read; correct the path") from error
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{key}: {path} is not a .npy file of numbers") from error
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{key}: {path} is not a .npy file of one array")
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise UserError(f"{key}: {path} is not a .npy file of one array of numbers")
     return array
 
 

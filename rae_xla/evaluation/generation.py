@@ -35,6 +35,8 @@ from rae_xla.random import Purpose, normal
 from rae_xla.recipe import DiffusionRecipe, SamplingRecipe, save_recipe
 from rae_xla.runtime import Runtime
 
+LARGEST_SHEET = 100
+
 
 def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
     """int32 [num_images], classes in turn: equally many of each if the number divides, and never in blocks.
@@ -45,7 +47,7 @@ def balanced_labels(num_images: int, num_classes: int) -> np.ndarray:
 
 
 def read_labels(listed: str | None, file: str | None) -> np.ndarray | None:
-    """int32 [N] from ``--labels 3,7`` or a ``.npy`` file; ``None`` if neither is given.
+    """Whole numbers [N] from ``--labels 3,7`` or a ``.npy`` file; ``None`` if neither is given.
 
     Raises:
         UserError: not a list of whole numbers.
@@ -56,12 +58,12 @@ def read_labels(listed: str | None, file: str | None) -> np.ndarray | None:
             raise UserError(
                 f"--labels-file: {file} holds {labels.dtype} {list(labels.shape)}, should be whole numbers [N]"
             )
-        return labels.astype(np.int32)
+        return labels
     if listed is None:
         return None
     try:
-        return np.array([int(label) for label in listed.split(",")], dtype=np.int32)
-    except ValueError as error:
+        return np.array([int(label) for label in listed.split(",")], dtype=np.int64)
+    except (ValueError, OverflowError) as error:
         raise UserError(f"--labels: {listed!r} is not a list of numbers such as 3,7") from error
 
 
@@ -75,9 +77,7 @@ class Sampler:
         self.latent_shape = recipe.autoencoder.encoder.latent_shape
         self.shift = recipe.flow.shift_for(self.latent_shape)
         self._decoder = load_latent_decoder(recipe.autoencoder, recipe.root)
-        self._weights, key = _model_weights(recipe), "model.weights"
-        if isinstance(recipe, DiffusionRecipe):
-            key = "run_dir"
+        self._weights, key = _model_weights(recipe)
         self._model = self._load(recipe.model, self._weights, key)
         self._guide: DiffusionModel | None = None
         if isinstance(recipe.guidance, AutoGuidance):
@@ -179,9 +179,11 @@ def _num_classes(recipe: DiffusionRecipe | SamplingRecipe) -> int:
     return recipe.num_classes if isinstance(recipe, SamplingRecipe) else num_classes_of(recipe.data)
 
 
-def _model_weights(recipe: DiffusionRecipe | SamplingRecipe) -> str | None:
-    """A training's own weights, which `model.weights` may have started."""
-    return recipe.model.weights if isinstance(recipe, SamplingRecipe) else recipe.weights_file
+def _model_weights(recipe: DiffusionRecipe | SamplingRecipe) -> tuple[str | None, str]:
+    """The file to sample with, and the key that says which: a training's own, whatever it was started from."""
+    if isinstance(recipe, SamplingRecipe):
+        return recipe.model.weights, "model.weights"
+    return recipe.weights_file, "run_dir"
 
 
 def write_sample_set(
@@ -197,7 +199,7 @@ def write_sample_set(
 ) -> dict[str, Any]:
     """Write ``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json``; returns the manifest.
 
-    The sheet has a row for each class, or the order of ``labels`` if they are given.
+    The sheet has a row for each of the first classes, or the order of ``labels`` if they are given, and 100 images.
 
     ``labels``, ints [N]: one image for each; ``None``: ``num_images``, class-balanced. ``initial_noise``: a ``.npy``
     file, float [N, C, h, w], in place of the seed's. ``save_latents``: a ``.npy`` file to write the latents to.
@@ -220,17 +222,19 @@ def write_sample_set(
     if runtime.process_index == 0:
         save_recipe(recipe, directory)
         write_samples(storage.join(directory, "samples.npz"), images, chosen)
-        sheet = class_sheet(images, chosen) if labels is None else contact_sheet(images, columns=min(10, len(images)))
-        write_png(storage.join(directory, "contact_sheet.png"), sheet)
         if save_latents is not None and latents is not None:
             write_array(save_latents, latents)
         storage.write_json(storage.join(directory, "manifest.json"), manifest)
+        few = images[:LARGEST_SHEET]
+        sheet = class_sheet(images, chosen) if labels is None else contact_sheet(few, columns=min(10, len(few)))
+        write_png(storage.join(directory, "contact_sheet.png"), sheet)
     return manifest
 
 
 def class_sheet(images: np.ndarray, labels: np.ndarray, per_class: int = 10) -> np.ndarray:
-    """Contact sheet with a row for each class, the first images of each."""
-    rows = [images[np.flatnonzero(labels == label)[:per_class]] for label in np.unique(labels)]
+    """Contact sheet with a row for each of the first classes, the first images of each."""
+    shown = np.unique(labels)[: LARGEST_SHEET // per_class]
+    rows = [images[np.flatnonzero(labels == label)[:per_class]] for label in shown]
     blank = np.full_like(images[:1], 255)
     padded = [np.concatenate([row, np.repeat(blank, per_class - len(row), axis=0)]) for row in rows]
     return contact_sheet(np.concatenate(padded), per_class)

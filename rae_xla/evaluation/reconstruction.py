@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
@@ -34,8 +34,9 @@ def reconstruct(
     Raises:
         UserError: weights are missing or do not fit.
     """
-    encoder = load_latent_encoder(config, root, runtime.process_index)
+    # The decoder first: its files are there or not, the encoder's may have to be fetched.
     decoder = load_latent_decoder(config, root)
+    encoder = load_latent_encoder(config, root, runtime.process_index)
 
     def there_and_back(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         latents = call(encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]))
@@ -60,7 +61,7 @@ def reconstruct_files(
     images = reconstruct(config, root, originals, min(len(files), 8), runtime)
     values: dict[str, np.ndarray | None] = {
         "psnr": psnr(originals, images),
-        "ssim": ssim(originals, images),
+        "ssim": ssim(originals, images) if config.image_size > 2 * SSIM_BORDER else None,
         "lpips": lpips(originals, images),
     }
     rows = []
@@ -75,18 +76,23 @@ def reconstruct_files(
 
 
 def read_image(path: str) -> Image.Image:
-    """An image file as RGB.
+    """An image file as RGB, upright; what is transparent in it keeps its colour.
 
     Raises:
-        UserError: missing, or not an image.
+        UserError: missing, not an image, or of more than 8 bits.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            deep = upright.mode.startswith(("I", "F"))
+            rgb = upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise UserError(f"IMAGE: {path} is not an image that can be read") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
+    if deep:
+        raise UserError(f"IMAGE: {path} has more than 8 bits a channel; convert it to 8 first")
+    return rgb
 
 
 def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
@@ -124,12 +130,18 @@ def lpips(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray | No
 
     ``None`` if VGG's weights are not in torch.hub's folder of checkpoints; nothing is downloaded.
     """
-    if not (Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE).exists():
+    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
+    if not file.exists():
         return None
     from lpips import LPIPS
 
-    network = LPIPS(net="vgg", verbose=False).eval()
+    # Left to itself it would have torchvision unpickle the file.
+    vgg = storage.read_pickle(str(file), "LPIPS")
+    network = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
     with torch.no_grad():
+        for name, parameter in network.net.named_parameters():
+            _, index, kind = name.split(".")
+            parameter.copy_(vgg[f"features.{index}.{kind}"])
         pairs = [
             [to_unit(torch.from_numpy(image[None])) * 2 - 1 for image in pair]
             for pair in zip(originals, reconstructions, strict=True)

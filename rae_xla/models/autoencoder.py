@@ -136,7 +136,7 @@ def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> No
         return
     key = "autoencoder.latent_stats"
     path = storage.resolve(root, config.latent_stats)
-    stats = read_weights(path, key)
+    stats = read_weights(path, key).tensors
     shape = list(config.encoder.latent_shape)
     for name in ("mean", "variance"):
         if name not in stats or list(stats[name].shape) != shape:

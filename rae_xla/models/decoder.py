@@ -50,7 +50,9 @@ class DecoderConfig(Config):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> DecoderConfig:
-        check_heads(self.width, self.num_heads)
+        check_heads(self.width, self.num_heads, rotary=False)
+        if self.width % 4:
+            raise ValueError(f"width: {self.width} is not a multiple of 4, which fixed positions need")
         return self
 
 

@@ -55,7 +55,7 @@ class DiTConfig(Config):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> DiTConfig:
-        check_heads(self.width, self.num_heads)
+        check_heads(self.width, self.num_heads, rotary=True)
         return self
 
     @property

@@ -51,7 +51,7 @@ class DiTDHConfig(DiTConfig):
 
     @model_validator(mode="after")
     def _head_fits(self) -> DiTDHConfig:
-        check_heads(self.head_width, self.head_num_heads)
+        check_heads(self.head_width, self.head_num_heads, rotary=True)
         return self
 
     @property

@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import timm
 import torch
 from pydantic import Field, model_validator
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,7 +40,7 @@ class EncoderRow:
     timm_model: str
     input_size: int
     port: str | None = None
-    norm_eps: float = 1e-6
+    norm_eps: float | None = None
     antialias_positions: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,6 +64,9 @@ ENCODERS = {
 }
 
 
+GENERIC = "timm_vit"
+
+
 class EncoderConfig(Config):
     """One of `ENCODERS` by name, or ``timm_vit``: any vision transformer of timm by its ``timm_model``.
 
@@ -70,7 +75,7 @@ class EncoderConfig(Config):
     or trained here, inside the recipe's ``root`` if relative; ``null`` fetches timm's from the Hugging Face hub.
     """
 
-    name: Literal["dinov2_s", "dinov2_b", "dinov2_l", "siglip2_b", "mae_b", "timm_vit"]
+    name: str
     timm_model: str
     input_size: int = Field(gt=0)
     patch_size: int | None = Field(default=None, gt=0)
@@ -82,16 +87,18 @@ class EncoderConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, content: Any) -> Any:
-        row = ENCODERS.get(str(content.get("name"))) if isinstance(content, dict) else None
-        if row is None:
+        if not isinstance(content, dict) or content.get("name") in (None, GENERIC):
             return content
+        row = ENCODERS.get(str(content["name"]))
+        if row is None:
+            raise ValueError(f"name {content['name']!r} is not known; use {', '.join(ENCODERS)} or {GENERIC}")
         if content.get("timm_model", row.timm_model) != row.timm_model:
             raise ValueError("timm_model: another model than the name's goes with name: timm_vit")
         return {"timm_model": row.timm_model, "input_size": row.input_size, **content}
 
     @model_validator(mode="after")
     def _buildable(self) -> EncoderConfig:
-        if not timm.is_model(self.timm_model) or timm.get_pretrained_cfg(self.timm_model) is None:
+        if not timm.is_model(self.timm_model) or _pretrained_cfg(self.timm_model) is None:
             raise ValueError(f"timm_model: timm has no {self.timm_model!r}")
         patch_size = _shape_facts(self)[0]
         if self.input_size % patch_size:
@@ -113,11 +120,12 @@ class EncoderConfig(Config):
             "depth": self.depth,
             "num_heads": self.num_heads,
         }
+        norm = {} if row.norm_eps is None else {"norm_layer": partial(nn.LayerNorm, eps=row.norm_eps)}
         return {
             **row.options,
+            **norm,
             **{name: size for name, size in sizes.items() if size is not None},
             "img_size": self.input_size,
-            "norm_layer": partial(nn.LayerNorm, eps=row.norm_eps),
             "num_classes": 0,
             "global_pool": "",
         }
@@ -136,10 +144,17 @@ class EncoderConfig(Config):
 
     def pixel_stats(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, [3, 1, 1] each, of the pixel space the encoder reads and the decoder writes."""
-        pretrained = timm.get_pretrained_cfg(self.timm_model)
+        pretrained = _pretrained_cfg(self.timm_model)
         assert pretrained is not None  # checked when the configuration was made
         mean, std = (torch.tensor(values, device="cpu").view(3, 1, 1) for values in (pretrained.mean, pretrained.std))
         return mean, std
+
+
+def _pretrained_cfg(timm_model: str) -> Any:
+    try:
+        return timm.get_pretrained_cfg(timm_model)
+    except RuntimeError:  # An unknown tag behind a known name.
+        return None
 
 
 @lru_cache
@@ -153,7 +168,8 @@ def _shape_facts(config: EncoderConfig) -> tuple[int, int]:
     # timm asserts that heads divide the width; a model of another family does not take the options.
     except (AssertionError, TypeError, RuntimeError) as error:
         raise ValueError(f"{config.timm_model} cannot be built with these sizes ({error})") from error
-    if not hasattr(backbone, "patch_embed") or getattr(backbone, "pos_embed", None) is None:
+    plain = isinstance(backbone, VisionTransformer) and isinstance(backbone.norm, nn.LayerNorm)
+    if not plain or backbone.pos_embed is None or not isinstance(backbone.patch_embed, PatchEmbed):
         raise ValueError(f"timm_model: {config.timm_model} is not a plain vision transformer with position embeddings")
     return backbone.patch_embed.patch_size[0], backbone.embed_dim
 
@@ -161,15 +177,17 @@ def _shape_facts(config: EncoderConfig) -> tuple[int, int]:
 class Encoder(nn.Module):
     """Images to patch features. Resizing, mean and standard deviation are part of it."""
 
+    backbone: Any
     pixel_mean: Tensor
     pixel_std: Tensor
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone: Any = timm.create_model(config.timm_model, **config.timm_options)
+        backbone: Any = timm.create_model(config.timm_model, **config.timm_options)
         # The released autoencoders replace the last norm's scale and shift by none at all.
-        self.backbone.norm = nn.LayerNorm(config.latent_shape[0], eps=config.row.norm_eps, elementwise_affine=False)
+        backbone.norm = nn.LayerNorm(config.latent_shape[0], eps=backbone.norm.eps, elementwise_affine=False)
+        self.backbone = backbone
         mean, std = config.pixel_stats()
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)

@@ -35,10 +35,10 @@ def sincos_positions(width: int, grid: int) -> Tensor:
         return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
 
 
-def check_heads(width: int, num_heads: int) -> None:
-    """Raises a ValueError if attention of this width cannot have so many heads with rotary embeddings."""
-    if width % (4 * num_heads):
-        raise ValueError(f"width {width} does not divide over {num_heads} heads into multiples of 4")
+def check_heads(width: int, num_heads: int, *, rotary: bool) -> None:
+    """Raises a ValueError if attention of this width cannot have so many heads; 2-D rotary embeddings want fours."""
+    if width % (4 * num_heads if rotary else num_heads):
+        raise ValueError(f"width {width} does not divide over {num_heads} heads{' into fours' if rotary else ''}")
 
 
 def init_linear(layer: nn.Linear) -> None:

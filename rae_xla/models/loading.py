@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from rae_xla.errors import UserError
 from rae_xla.models.convert.files import read_weights
+from rae_xla.models.convert.released import Layout, layout_of
+from rae_xla.models.decoder import Decoder
+from rae_xla.models.dit import DiT
+from rae_xla.models.dit_dh import DiTDH
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,9 +39,23 @@ def load_weights(module: nn.Module, path: str, key: str, backbone_depth: int | N
     """Fill ``module`` from a file, ours or released; ``backbone_depth`` as in `from_released`.
 
     Raises:
-        UserError: unreadable, or keys or shapes differ; names ``key``, the file and the difference.
+        UserError: unreadable, or keys, shapes, grid or heads differ; names ``key``, the file and the difference.
     """
-    assign_weights(module, read_weights(path, key, backbone_depth), path, key)
+    file = read_weights(path, key, backbone_depth)
+    assign_weights(module, file.tensors, path, key)
+    # Grid and heads show in no weight: another grid's would load, and make noise.
+    if file.layout is not None and isinstance(module, Decoder | DiT | DiTDH):
+        ours = layout_of(module)
+        if file.layout != ours:
+            raise UserError(
+                f"{key}: {path} was made for {_described(file.layout)}, this model has {_described(ours)}; "
+                "check input_size of the encoder and num_heads of the model"
+            )
+
+
+def _described(layout: Layout) -> str:
+    heads = f" and heads {' and '.join(map(str, layout.head_widths))} wide" if layout.head_widths else ""
+    return f"{layout.grid}x{layout.grid} tokens{heads}"
 
 
 def assign_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, key: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import timm
 
@@ -38,10 +40,24 @@ def pretrained_weights(
     return path
 
 
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """These libraries log every retry; what matters comes as an exception."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
 def _fetch(timm_model: str, path: str, key: str) -> None:
     logger.info("fetching %s from the Hugging Face hub into %s", timm_model, path)
     try:
-        backbone = timm.create_model(timm_model, pretrained=True)
+        with _quiet("huggingface_hub", "timm"):
+            backbone = timm.create_model(timm_model, pretrained=True)
     # The hub's errors are OSErrors; timm has RuntimeErrors for a model without weights.
     except (OSError, RuntimeError) as error:
         raise UserError(

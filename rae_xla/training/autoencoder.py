@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
-from rae_xla.models.autoencoder import LatentDecoder, load_latent_decoder, load_latent_encoder
+from rae_xla.models.autoencoder import LatentDecoder, encoder_weights_path, load_latent_decoder, load_latent_encoder
 from rae_xla.models.convert.released import layout_of
 from rae_xla.models.functional import buffers_of, call, tensors_of
 from rae_xla.models.loading import initialised
@@ -53,7 +53,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         export=lambda state: {name.removeprefix("decoder."): value for name, value in state["ema"].items()},
         inputs=recipe.paths(
             {
-                "autoencoder.encoder.weights": recipe.autoencoder.encoder.weights,
+                "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
                 "autoencoder.decoder.weights": recipe.autoencoder.decoder.weights,
             }
         ),

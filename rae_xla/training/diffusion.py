@@ -13,7 +13,7 @@ from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
 from rae_xla.flow.objective import flow_matching_loss, interpolate
 from rae_xla.flow.schedule import training_times
-from rae_xla.models.autoencoder import load_latent_encoder
+from rae_xla.models.autoencoder import encoder_weights_path, load_latent_encoder
 from rae_xla.models.convert.released import layout_of
 from rae_xla.models.diffusion import DiffusionModel, create_diffusion_model, load_diffusion_model
 from rae_xla.models.dit import DiTConfig
@@ -62,7 +62,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         export=lambda state: {**module.state_dict(), **state["ema"]},
         inputs=recipe.paths(
             {
-                "autoencoder.encoder.weights": recipe.autoencoder.encoder.weights,
+                "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
                 "autoencoder.latent_stats": recipe.autoencoder.latent_stats,
                 "model.weights": recipe.model.weights,
             }

@@ -70,7 +70,7 @@ def _lower(body: Body, inputs: list[Tensor], spec: Any) -> tuple[object, list[in
     for parameter, tensor in sorted(dict(context.device_parameter_id_tensor_mapping()).items()):
         if parameter in position:
             continue
-        if tensor.numel() > 1:
+        if tensor.ndim:
             raise RuntimeError(f"the loop's body reads a tensor {list(tensor.shape)} that it was not handed")
         position[parameter] = len(inputs) + len(constants)
         constants.append(tensor)

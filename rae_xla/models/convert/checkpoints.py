@@ -7,11 +7,10 @@ other, before anything is written; an encoder is checked when a recipe loads it.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rae_xla import __version__, storage
 from rae_xla.errors import UserError
@@ -19,7 +18,7 @@ from rae_xla.models.autoencoder import AutoencoderConfig, encoder_weights_path
 from rae_xla.models.convert.diffusers import AutoencoderParts, AutoencoderSizes, from_diffusers, to_diffusers
 from rae_xla.models.convert.encoders import features_only, is_port, timm_from_port
 from rae_xla.models.convert.files import Which, read_weight_file, read_weights
-from rae_xla.models.convert.keys import Tensors
+from rae_xla.models.convert.keys import Tensors, num_blocks
 from rae_xla.models.convert.released import Layout, from_released, kind_of, to_released
 from rae_xla.models.decoder import Decoder, DecoderConfig
 from rae_xla.models.diffusion import create_diffusion_model
@@ -64,8 +63,8 @@ def convert_file(
         else:
             held = f"a {found[0]} in the {'released' if found[1] == 'released' else 'rae_xla'} layout" if found else ""
             raise ValueError(f"holds {held or 'no model that is known here'}; nothing to convert to {to}")
-    except ValueError as error:
-        raise UserError(f"IN: {source}: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"IN: {source}: {_said(error)}") from error
     about = {"version": __version__, **({} if layout is None else {"layout": layout.as_json()})}
     _write(target, tensors, about if to == "ours" else None)
     count = sum(value.numel() for value in tensors.values())
@@ -86,8 +85,8 @@ def convert_from_diffusers(source: str, target: str) -> dict[str, Any]:
     try:
         parts, layout = from_diffusers(tensors, config)
         _check(parts.decoder, layout)
-    except ValueError as error:
-        raise UserError(f"IN: {source}: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"IN: {source}: {_said(error)}") from error
     named = {"encoder": parts.encoder, "decoder": parts.decoder, "latent_stats": parts.stats}
     paths = {name: storage.join(target, f"{name}.safetensors") for name, part in named.items() if part is not None}
     for name, path in paths.items():
@@ -111,16 +110,16 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
     encoder = read_weight_file(path, "autoencoder.encoder.weights").tensors
     channels, grid, _ = config.encoder.latent_shape
     encoder = features_only(timm_from_port(encoder) if is_port(encoder) else encoder)
-    decoder = read_weights(storage.resolve(root, config.decoder.weights), "autoencoder.decoder.weights")
+    decoder = read_weights(storage.resolve(root, config.decoder.weights), "autoencoder.decoder.weights").tensors
     stats = None
     if config.latent_stats is not None:
-        stats = read_weights(storage.resolve(root, config.latent_stats), "autoencoder.latent_stats")
+        stats = read_weights(storage.resolve(root, config.latent_stats), "autoencoder.latent_stats").tensors
     mean, std = config.encoder.pixel_stats()
     sizes = AutoencoderSizes(
         port=port,
         encoder_input_size=config.encoder.input_size,
         encoder_patch_size=config.encoder.input_size // grid,
-        encoder_depth=len({key.split(".")[1] for key in encoder if key.startswith("blocks.")}),
+        encoder_depth=num_blocks(encoder, "blocks"),
         pixel_mean=mean,
         pixel_std=std,
         decoder_patch_size=config.decoder.patch_size,
@@ -129,11 +128,15 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
     try:
         _check(decoder, Layout(kind="decoder", grid=grid))
         tensors, described = to_diffusers(AutoencoderParts(encoder=encoder, decoder=decoder, stats=stats), sizes)
-    except ValueError as error:
-        raise UserError(f"autoencoder: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"autoencoder: {_said(error)}") from error
     storage.write_tensors(storage.join(target, DIFFUSERS_WEIGHTS), tensors)
     storage.write_json(storage.join(target, DIFFUSERS_CONFIG), described)
     return {"layout": "diffusers", "kind": "autoencoder", "path": target, "channels": channels}
+
+
+def _said(error: ValueError | KeyError) -> str:
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _write(path: str, tensors: Tensors, about: dict[str, Any] | None) -> None:
@@ -168,7 +171,7 @@ def _model_of(tensors: Tensors, layout: Layout) -> nn.Module:
         config = DecoderConfig(
             patch_size=round((tensors["output.weight"].shape[0] / 3) ** 0.5),
             width=width,
-            depth=_depth(tensors, "blocks"),
+            depth=num_blocks(tensors, "blocks"),
             num_heads=1,  # No weight depends on it.
             mlp_width=tensors["blocks.0.hidden.weight"].shape[0],
         )
@@ -177,20 +180,16 @@ def _model_of(tensors: Tensors, layout: Layout) -> nn.Module:
     if layout.kind == "dit":
         width, channels = tensors["input.weight"].shape
         heads = width // layout.head_widths[0]
-        model = DiTConfig(width=width, depth=_depth(tensors, "blocks"), num_heads=heads)
+        model = DiTConfig(width=width, depth=num_blocks(tensors, "blocks"), num_heads=heads)
     else:
         width, channels = tensors["backbone_input.weight"].shape
         head_width = tensors["head_input.weight"].shape[0]
         model = DiTDHConfig(
             width=width,
-            depth=_depth(tensors, "backbone"),
+            depth=num_blocks(tensors, "backbone"),
             num_heads=width // layout.head_widths[0],
             head_width=head_width,
-            head_depth=_depth(tensors, "head"),
+            head_depth=num_blocks(tensors, "head"),
             head_num_heads=head_width // layout.head_widths[1],
         )
     return on_meta(lambda: create_diffusion_model(model, (channels, layout.grid, layout.grid), num_classes))
-
-
-def _depth(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    return len({key.split(".")[1] for key in tensors if key.startswith(f"{blocks}.")})

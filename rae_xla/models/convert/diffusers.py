@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rae_xla.models.convert.encoders import port_from_timm, timm_from_port
-from rae_xla.models.convert.keys import Tensors, inverse
+from rae_xla.models.convert.keys import Tensors, inverse, num_blocks
 from rae_xla.models.convert.released import Layout, decoder_tables, from_released, is_table, to_released
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 EPS = 1e-5
 SAME_POSITIONS_GRID = 16
 
+_IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+_PIXEL_MEANS = {"dinov2": _IMAGENET, "mae": _IMAGENET, "siglip2": torch.full((1, 3, 1, 1), 0.5)}
 _DECODER_PARTS = {
     ".attention.to_q.": ".attention.attention.query.",
     ".attention.to_k.": ".attention.attention.key.",
@@ -71,23 +73,28 @@ def from_diffusers(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Autoenc
             parts[part][rest] = value
         elif key not in ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std"):
             raise ValueError(f"{key} is not a key of this layout")
-    missing = [
-        key for key in ("encoder_input_size", "encoder_patch_size", "decoder_hidden_size") if config.get(key) is None
-    ]
-    if missing:
-        raise ValueError(f"config.json: {missing[0]} is missing")
+    for name in ("encoder_input_size", "encoder_patch_size", "decoder_hidden_size"):
+        if not isinstance(config, Mapping) or not isinstance(config.get(name), int):
+            raise ValueError(f"config.json: {name} is missing or not a whole number")
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     _warn_of_positions(grid)
     released = {_replace(key, _DECODER_PARTS): value for key, value in parts["decoder"].items()}
     released |= decoder_tables(config["decoder_hidden_size"], grid)
     decoder, layout = from_released(released)
     assert layout is not None
-    stats = None
-    # One value each stands for "none".
-    if "_latents_std" in tensors and tensors["_latents_std"].numel() > 1:
-        variance = (tensors["_latents_std"].double() + EPS).square() - EPS
-        stats = {"mean": tensors["_latents_mean"], "variance": variance.float()}
+    stats = _stats(tensors.get("_latents_mean", torch.zeros(1)), tensors.get("_latents_std", torch.ones(1)))
+    if not torch.allclose(tensors.get("encoder_mean", torch.zeros(1)), _PIXEL_MEANS[config["encoder_type"]], atol=1e-3):
+        logger.warning("its pixels are normalised otherwise than a recipe's %s: numbers differ", config["encoder_type"])
     return AutoencoderParts(encoder=timm_from_port(parts["encoder"]), decoder=decoder, stats=stats), layout
+
+
+def _stats(mean: Tensor, std: Tensor) -> dict[str, Tensor] | None:
+    # One value stands for "none".
+    if mean.numel() == std.numel() == 1:
+        return None
+    variance = (std.double() + EPS).square() - EPS
+    shape = max(mean.shape, std.shape, key=len)
+    return {"mean": mean.expand(shape).clone(), "variance": variance.float().expand(shape).clone()}
 
 
 def to_diffusers(parts: AutoencoderParts, sizes: AutoencoderSizes) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -120,7 +127,7 @@ def to_diffusers(parts: AutoencoderParts, sizes: AutoencoderSizes) -> tuple[dict
         "encoder_norm_mean": sizes.pixel_mean.flatten().tolist(),
         "encoder_norm_std": sizes.pixel_std.flatten().tolist(),
         "decoder_hidden_size": width,
-        "decoder_num_hidden_layers": len({key.split(".")[1] for key in parts.decoder if key.startswith("blocks.")}),
+        "decoder_num_hidden_layers": num_blocks(parts.decoder, "blocks"),
         "decoder_num_attention_heads": sizes.decoder_num_heads,
         "decoder_intermediate_size": parts.decoder["blocks.0.hidden.weight"].shape[0],
         "patch_size": sizes.decoder_patch_size,

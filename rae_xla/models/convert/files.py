@@ -26,7 +26,7 @@ class WeightFile:
     """A state dict under its file's own key names.
 
     ``taken``: which of a training file's weights it is, ``None`` if the file holds no others. ``layout``: what a file
-    written here says about itself.
+    written here says about itself, or the tables in a released one.
     """
 
     tensors: Tensors
@@ -41,6 +41,8 @@ def read_weight_file(path: str, key: str, which: Which | None = None) -> WeightF
         UserError: unreadable, not a state dict, or without the weights asked for; names ``key`` and the file.
     """
     if path.endswith(".safetensors"):
+        if which is not None:
+            raise UserError(f"{key}: {path} holds one set of weights, not {which} beside another")
         tensors = storage.read_tensors(path, key)
         layout = storage.read_about(path).get("layout")
         return WeightFile(tensors=tensors, taken=None, layout=None if layout is None else Layout.from_json(layout))
@@ -48,14 +50,14 @@ def read_weight_file(path: str, key: str, which: Which | None = None) -> WeightF
         raise UserError(f"{key}: {path} should end in .safetensors or .pt")
     content = storage.read_pickle(path, key)
     taken = _choose(content, which)
-    chosen = content if taken is None else content.get(taken)
+    chosen = content if taken is None or not isinstance(content, dict) else content.get(taken)
     if not isinstance(chosen, dict) or not chosen or not all(isinstance(value, Tensor) for value in chosen.values()):
         held = f"{', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{key}: {path} holds no {which or 'state dict of'} weights, but {held or 'nothing'}")
     return WeightFile(tensors=_unwrapped(chosen), taken=taken, layout=None)
 
 
-def read_weights(path: str, key: str, backbone_depth: int | None = None) -> dict[str, Tensor]:
+def read_weights(path: str, key: str, backbone_depth: int | None = None) -> WeightFile:
     """A model's weights or latent statistics under our names, from a file of ours or a released one.
 
     Raises:
@@ -66,23 +68,24 @@ def read_weights(path: str, key: str, backbone_depth: int | None = None) -> dict
         logger.info("%s: took the %s weights", path, file.taken)
     found = kind_of(file.tensors)
     if found is None or found[1] == "ours":
-        return dict(file.tensors)
+        return file
     try:
-        return from_released(file.tensors, backbone_depth)[0]
+        tensors, layout = from_released(file.tensors, backbone_depth)
     except ValueError as error:
         raise UserError(f"{key}: {path}: {error}") from error
+    return WeightFile(tensors=tensors, taken=file.taken, layout=layout)
 
 
 def _choose(content: Any, which: Which | None) -> Which | None:
-    if not isinstance(content, dict) or not isinstance(content.get("ema", content.get("model")), dict):
+    if which is not None or not isinstance(content, dict):
         return which
-    return which or ("ema" if "ema" in content else "model")
+    choices: tuple[Which, ...] = ("ema", "model")
+    return next((choice for choice in choices if isinstance(content.get(choice), dict)), None)
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
+    while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None):
+        tensors = {name.removeprefix(wrapper): value for name, value in tensors.items()}
     # An autoencoder's training file holds the frozen encoder too.
     if "decoder.decoder_pred.weight" in tensors:
         tensors = {k.removeprefix("decoder."): value for k, value in tensors.items() if k.startswith("decoder.")}

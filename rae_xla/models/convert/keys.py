@@ -16,6 +16,11 @@ def inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in table.items()}
 
 
+def num_blocks(tensors: Tensors, blocks: str) -> int:
+    """How many there are of ``blocks.0. blocks.1. ...``"""
+    return len({key[len(blocks) + 1 :].partition(".")[0] for key in tensors if key.startswith(f"{blocks}.")})
+
+
 def rename(key: str, table: Mapping[str, str]) -> str:
     """``key`` with its beginning replaced by the first entry that is all of it or ends at a dot.
 
