@@ -51,12 +51,10 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
         export=lambda state: {name.removeprefix("decoder."): value for name, value in state["ema"].items()},
-        inputs=recipe.paths(
-            {
-                "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
-                "autoencoder.decoder.weights": recipe.autoencoder.decoder.weights,
-            }
-        ),
+        inputs={
+            "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
+            **recipe.paths({"autoencoder.decoder.weights": recipe.autoencoder.decoder.weights}),
+        },
         about={"layout": layout_of(module.decoder).as_json()},
     )
 

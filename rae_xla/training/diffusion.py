@@ -60,13 +60,12 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
         export=lambda state: {**module.state_dict(), **state["ema"]},
-        inputs=recipe.paths(
-            {
-                "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
-                "autoencoder.latent_stats": recipe.autoencoder.latent_stats,
-                "model.weights": recipe.model.weights,
-            }
-        ),
+        inputs={
+            "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
+            **recipe.paths(
+                {"autoencoder.latent_stats": recipe.autoencoder.latent_stats, "model.weights": recipe.model.weights}
+            ),
+        },
         about={"layout": layout_of(module).as_json()},
     )
 
