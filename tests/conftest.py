@@ -12,10 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from rae_xla.runtime import MeshConfig, create
+
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def xla_before_autograd() -> None:
+    """Autograd counts devices at its first backward pass; an XLA device that comes later has no gradients."""
+    create("xla", MeshConfig(), "fp32")
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -23,6 +23,7 @@ from rae_xla.training.autoencoder import latent_noise
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 from rae_xla.training.tasks import train
+from rae_xla.training.update import initial_state, make_update
 
 
 def test_adamw_and_clipping_equal_torch() -> None:
@@ -149,6 +150,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     lines = read_metrics(str(tmp_path / "parts" / "judge" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 8))
     assert run(tmp_path / "parts", 7)["steps"] == 7
+
+
+@pytest.mark.parametrize("where", ["eager", "xla"])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
+    module = torch.nn.Linear(3, 1)
+    config = OptimizerConfig(num_epochs=1, learning_rate=0.1, ema_decay=0.5)
+
+    def loss(model, frozen, batch):
+        return (model(batch["x"]) - 1).square().mean(), {}
+
+    runtime = create(where, MeshConfig(), "fp32")
+    step = runtime.compile(make_update(module, loss, config, 10.0, torch.float32), "update")
+    state, frozen = runtime.place_state(initial_state(module)), runtime.place_state({"buffers": {}})
+    states, skipped = [], []
+    for value in (1.0, float("nan"), float("inf"), 2.0):
+        state, metrics = step(state, frozen, runtime.place_batch({"x": torch.full((4, 3), value)}))
+        states.append(runtime.to_host(state))
+        skipped.append(int(runtime.to_host(metrics)["skipped_updates"]))
+    assert skipped == [0, 1, 2, 2] and [int(state["step"]) for state in states] == [1, 2, 3, 4]
+    for part in ("parameters", "ema", "first_moments", "second_moments"):
+        for name, value in states[0][part].items():
+            assert torch.equal(states[1][part][name], value) and torch.equal(states[2][part][name], value)
+            assert states[3][part][name].isfinite().all() and not torch.equal(states[3][part][name], value)
 
 
 def test_a_root_that_is_a_url() -> None:

@@ -17,7 +17,7 @@ Loss = Callable[[Callable[..., Tensor], Any, dict[str, Tensor]], tuple[Tensor, d
 
 
 def initial_state(module: nn.Module) -> dict[str, Any]:
-    """Parameters, EMA, AdamW moments and the step counter, on the host."""
+    """Parameters, EMA, AdamW moments, the step counter and the number of skipped updates, on the host."""
     parameters = parameters_of(module)
     return {
         "parameters": parameters,
@@ -25,6 +25,7 @@ def initial_state(module: nn.Module) -> dict[str, Any]:
         "first_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
         "second_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
         "step": torch.zeros((), dtype=torch.int32),
+        "skipped": torch.zeros((), dtype=torch.int32),
     }
 
 
@@ -34,7 +35,8 @@ def make_update(
     """``(state, frozen, batch) -> (state, metrics)``.
 
     ``module`` gives the architecture only; its values come from ``state`` and its buffers from ``frozen["buffers"]``.
-    Parameters, gradients, moments and EMA are float32; the model computes in ``compute_dtype``.
+    Parameters, gradients, moments and EMA are float32; the model computes in ``compute_dtype``. A step whose loss or
+    gradient is not finite changes nothing but the step counter and the count of such steps, and the host need not know.
     """
 
     def update(
@@ -60,14 +62,23 @@ def make_update(
                 rate,
                 config,
             )
-            new_state = {
+            finite = value.isfinite() & norm.isfinite()
+            updated = {
                 "parameters": parameters,
                 "ema": update_ema(state["ema"], parameters, config.ema_decay),
                 "first_moments": first,
                 "second_moments": second,
+            }
+            new_state = {
+                **{
+                    part: {name: torch.where(finite, new, state[part][name]) for name, new in tensors.items()}
+                    for part, tensors in updated.items()
+                },
                 "step": state["step"] + 1,
+                "skipped": state["skipped"] + (~finite).to(torch.int32),
             }
         metrics = {"loss": value, **metrics, "gradient_norm": norm, "learning_rate": rate}
+        metrics["skipped_updates"] = new_state["skipped"]
         return new_state, {name: metric.detach() for name, metric in metrics.items()}
 
     return update
