@@ -1,7 +1,9 @@
 """The project's own measurements.
 
-models  parameters and multiply-adds of every named model, beside the paper's figures
-width   Theorem 1: the loss of one digit learnt by heart at several widths, beside its bound (needs a quickstart's run)
+models         parameters and multiply-adds of every named model, beside the paper's figures
+width          Theorem 1: the loss of one digit learnt by heart at several widths; needs a run of the quickstart
+step-overhead  host time of a training step, traced lazily every time and traced once and replayed; DiT^DH with its true
+               number of blocks and tensors at a tiny width; CPU_NUM_DEVICES=8 for eight virtual devices
 """
 
 from __future__ import annotations
@@ -43,13 +45,29 @@ def width(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "picture": picture}
 
 
+def step_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``lazy_ms engine_ms ratio compilations_after_warmup host_syncs_per_step``."""
+    from rae_xla.benchmarks.overhead import step_overhead as measured
+    from rae_xla.runtime import MeshConfig
+
+    result = measured(arguments.model, MeshConfig(), num_steps=200, num_lazy_steps=10)
+    print(f"{result['model']}, {result['tensors']} tensors, {result['num_devices']} devices; host time per step:")
+    print(f"traced lazily every step {result['lazy_ms']:.1f} ms, traced once and replayed {result['engine_ms']:.2f} ms")
+    print(f"ratio {result['ratio']:.0f}; over {result['steps']} replayed steps with a changing learning rate")
+    print(
+        f"{result['compilations_after_warmup']} compilations, {result['host_syncs_per_step']:.2f} host syncs per step"
+    )
+    return result
+
+
 def _shown(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__, recipe=False)
-    measurements = {"models": models, "width": width}
+    measurements = {"models": models, "width": width, "step-overhead": step_overhead}
     parser.add_argument("what", choices=list(measurements))
+    parser.add_argument("--model", metavar="NAME", default="dit_dh_xl", help="for step-overhead (default: dit_dh_xl)")
     parser.add_argument("--root", metavar="DIR", default="runs/quickstart", help="of a quickstart, for width")
     cli.run(lambda arguments: measurements[arguments.what](arguments), parser)

@@ -78,7 +78,8 @@ def make_update(
                 "skipped": state["skipped"] + (~finite).to(torch.int32),
             }
         metrics = {"loss": value, **metrics, "gradient_norm": norm, "learning_rate": rate}
-        metrics["skipped_updates"] = new_state["skipped"]
+        # As another tensor than the state's own, which the next step consumes before this is read.
+        metrics["skipped_updates"] = new_state["skipped"].float()
         return new_state, {name: metric.detach() for name, metric in metrics.items()}
 
     return update

@@ -68,7 +68,7 @@ class XLARuntime:
 
     def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
         """See `Runtime`."""
-        return CompiledStep(function, name, self._keep_sharding)
+        return CompiledStep(function, name, self.keep_sharding)
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
@@ -77,6 +77,7 @@ class XLARuntime:
     def _put(self, tensor: Tensor, partition: Any, *, per_process: bool) -> Tensor:
         return self._mesh.put(tensor.detach(), partition, self._device, per_process=per_process)
 
-    def _keep_sharding(self, old: Tensor, new: Tensor) -> None:
+    def keep_sharding(self, old: Tensor, new: Tensor) -> None:
+        """Lay a result of a step out as what it replaces."""
         assert old.shape == new.shape and old.dtype == new.dtype, f"a step changed {old.shape} to {new.shape}"
         self._mesh.mark(new, self._mesh.state_partition(new))

@@ -1,0 +1,97 @@
+"""Host time of a training step: traced lazily every time, and traced once and replayed.
+
+On a pod the chips wait for whatever the host needs before it has started a step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rae_xla.flow.objective import flow_matching_loss, interpolate
+from rae_xla.models.diffusion import create_diffusion_model
+from rae_xla.models.dit_dh import DiTDHConfig
+from rae_xla.models.functional import buffers_of
+from rae_xla.models.loading import initialised
+from rae_xla.runtime import MeshConfig, create
+from rae_xla.training.optimizer import OptimizerConfig
+from rae_xla.training.update import initial_state, make_update
+
+LATENT_SHAPE = (8, 2, 2)
+NUM_CLASSES = 10
+WARMUP_STEPS = 3
+
+
+def narrowed(name: str) -> DiTDHConfig:
+    """A named DiT^DH with its true number of blocks and tensors, at a width that a CPU runs."""
+    sizes = {"width": 16, "num_heads": 2, "head_width": 32, "head_num_heads": 2}
+    return DiTDHConfig.model_validate({"name": name, **sizes})
+
+
+def step_overhead(name: str, mesh: MeshConfig, num_steps: int, num_lazy_steps: int) -> dict[str, Any]:
+    """Median host milliseconds per step of both ways, and what the replayed steps compiled and fetched meanwhile.
+
+    Each call is timed until it returns; the wait for the device and the next batch are outside.
+    """
+    from rae_xla.xla.lazy import LazyStep, num_compilations, num_transfers_to_host
+
+    runtime: Any = create("xla", mesh, "fp32")
+    module = initialised(lambda: create_diffusion_model(narrowed(name), LATENT_SHAPE, NUM_CLASSES), 0)
+    # The rate changes at every step.
+    optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-3, schedule="cosine", ema_decay=0.99)
+
+    def loss(model: Callable[..., torch.Tensor], _: Any, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        predicted = model(interpolate(batch["x"], batch["noise"], batch["t"]), batch["t"], batch["labels"])
+        return flow_matching_loss(predicted, batch["x"], batch["noise"]).mean(), {}
+
+    update = make_update(module, loss, optimizer, float(num_steps), torch.float32)
+    frozen = runtime.place_state({"buffers": buffers_of(module)})
+
+    def batch(index: int) -> Any:
+        generator = torch.Generator().manual_seed(index)
+        size = runtime.num_devices
+        return runtime.place_batch(
+            {
+                "x": torch.randn(size, *LATENT_SHAPE, generator=generator),
+                "noise": torch.randn(size, *LATENT_SHAPE, generator=generator),
+                "t": torch.rand(size, generator=generator),
+                "labels": torch.randint(NUM_CLASSES, (size,), generator=generator, dtype=torch.int32),
+            }
+        )
+
+    def run(step: Callable[[Any, Any, Any], tuple[Any, Any]], count: int) -> dict[str, float]:
+        state = runtime.place_state(initial_state(module))
+        times, transfers, compiled = [], 0, 0
+        for index in range(WARMUP_STEPS + count):
+            placed = batch(index)
+            if index == WARMUP_STEPS:
+                compiled = num_compilations()
+            fetched, started = num_transfers_to_host(), time.perf_counter()
+            state, outputs = step(state, frozen, placed)
+            times.append(time.perf_counter() - started)
+            transfers += num_transfers_to_host() - fetched if index >= WARMUP_STEPS else 0
+            runtime.to_host(outputs["loss"])
+        return {
+            "milliseconds": 1e3 * statistics.median(times[WARMUP_STEPS:]),
+            "compilations": num_compilations() - compiled,
+            "host_syncs_per_step": transfers / count,
+        }
+
+    engine = run(runtime.compile(update, "engine"), num_steps)
+    lazy = run(LazyStep(update, runtime.keep_sharding), num_lazy_steps)
+    return {
+        "model": name,
+        "num_devices": runtime.num_devices,
+        "tensors": len(initial_state(module)["parameters"]),
+        "lazy_ms": lazy["milliseconds"],
+        "engine_ms": engine["milliseconds"],
+        "ratio": lazy["milliseconds"] / engine["milliseconds"],
+        "compilations_after_warmup": engine["compilations"],
+        "host_syncs_per_step": engine["host_syncs_per_step"],
+        "steps": num_steps,
+        "runtime": runtime.describe(),
+    }
