@@ -27,7 +27,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     labels = read_labels(arguments.labels, arguments.labels_file)
     if arguments.initial_noise is not None and labels is None:
         raise UserError("--initial-noise: goes with --labels or --labels-file, one label for each noise")
-    return write_sample_set(
+    manifest = write_sample_set(
         recipe,
         runtime.create(recipe.runtime, recipe.mesh, recipe.precision),
         arguments.out,
@@ -37,6 +37,8 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         initial_noise=arguments.initial_noise,
         save_latents=arguments.save_latents,
     )
+    print(f"{manifest['num_images']} images in {manifest['seconds']:.0f} s: {arguments.out}")
+    return manifest
 
 
 if __name__ == "__main__":

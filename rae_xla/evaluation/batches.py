@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rae_xla.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 
 def batch_size_for(wanted: int, runtime: Runtime) -> int:
@@ -39,6 +42,7 @@ def map_batches(
     compiled = runtime.compile(step, name)
     placed = runtime.place_state(frozen)
     num_rows = len(next(iter(columns.values())))
+    logger.info("%s: %d images in batches of %d", name, num_rows, batch_size)
     size = batch_size_for(batch_size, runtime)
     with tqdm(total=num_rows, desc=name, unit="image", disable=None if runtime.process_index == 0 else True) as bar:
         for start in range(0, num_rows, size):

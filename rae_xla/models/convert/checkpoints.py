@@ -57,7 +57,7 @@ def convert_file(
         elif to == "released" and found is not None and found[1] == "ours":
             kind = found[0]
             if kind != "latent_stats" and file.layout is None:
-                raise ValueError("says nothing of its grid and heads; convert the weights.safetensors of a training")
+                raise ValueError("carries no grid and heads; trainings and conversions of this version write them")
             _check(file.tensors, file.layout)
             tensors, layout = to_released(file.tensors, file.layout), None
         else:
