@@ -76,6 +76,8 @@ def test_a_training_file_gives_its_ema_and_says_so(tmp_path: Path) -> None:
     assert convert_file(source, ours, "ours")["taken"] == "model"
     with pytest.raises(UserError, match="holds no ema weights, but model, optimizer, step"):
         convert_file(source, ours, "ours", "ema")
+    torch.save({"state_dict": load_file(GOLDEN / "decoder.safetensors"), "epoch": 1}, source)
+    assert convert_file(source, ours, "ours")["taken"] is None
     torch.save({**file, "ema": None}, source)
     assert convert_file(source, ours, "ours")["taken"] == "model"
     with pytest.raises(UserError, match="holds one set of weights, not ema beside another"):

@@ -70,7 +70,7 @@ def assign_weights(module: nn.Module, found: Mapping[str, Tensor], path: str, ke
     module.load_state_dict({name: value.float() for name, value in found.items()}, assign=True)
 
 
-def describe_differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_shown: int = 8) -> str:
+def describe_differences(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], num_shown: int = 4) -> str:
     """Keys that are missing, unexpected or of another shape, in one line; empty if there are none."""
     missing = [f"{name} is missing" for name in sorted(set(wanted) - set(found))]
     unexpected = [f"{name} is not expected" for name in sorted(set(found) - set(wanted))]

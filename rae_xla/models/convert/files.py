@@ -49,6 +49,8 @@ def read_weight_file(path: str, key: str, which: Which | None = None) -> WeightF
     if not path.endswith(PICKLES):
         raise UserError(f"{key}: {path} should end in .safetensors or .pt")
     content = storage.read_pickle(path, key)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
     taken = _choose(content, which)
     chosen = content if taken is None or not isinstance(content, dict) else content.get(taken)
     if not isinstance(chosen, dict) or not chosen or not all(isinstance(value, Tensor) for value in chosen.values()):
