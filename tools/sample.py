@@ -1,6 +1,7 @@
 """Sample images with a sampling recipe, or from a trained diffusion recipe.
 
-Writes samples.npz (arr_0 images, arr_1 labels), a contact sheet and a manifest of everything that decides a score.
+Writes samples.npz (arr_0 images, arr_1 labels), a contact sheet of up to 100 of them, and a manifest of everything that
+decides a score.
 Image i depends on the seed, i and its label alone; batch size and number of devices change it by rounding at most.
 """
 
