@@ -6,12 +6,13 @@ A component's own configuration stands beside the component; `rae_xla.recipe` pu
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rae_xla.errors import UserError
 
@@ -20,6 +21,23 @@ class Config(BaseModel):
     """A frozen, keyword-only, strictly typed object; unknown keys fail."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class NamedSizes(Config):
+    """Sizes that a ``name`` of ``sizes`` stands for, or each of them; one that is given wins over the name's."""
+
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]]
+    name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, content: Any) -> Any:
+        name = content.get("name") if isinstance(content, dict) else None
+        if not isinstance(name, str):
+            return content
+        if name not in cls.sizes:
+            raise ValueError(f"name {name!r} is not known; use {', '.join(cls.sizes)}, or give every size")
+        return {**cls.sizes[name], **content}
 
 
 def read_yaml(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -65,6 +83,11 @@ def _chooses_another(below: dict[str, Any], above: dict[str, Any]) -> bool:
     return any(choice in above and above[choice] != below.get(choice) for choice in ("name", "method"))
 
 
+def override(key: str, value: Any) -> str:
+    """``key=value`` for `apply_overrides`. JSON is YAML, and keeps a directory called 2026 text."""
+    return f"{key}={json.dumps(value)}"
+
+
 def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """``content`` with every ``key.sub=value`` applied; the value is read as YAML.
 
@@ -85,20 +108,6 @@ def apply_overrides(content: dict[str, Any], overrides: list[str]) -> dict[str, 
             nested = {parent: nested}
         content = merge(content, nested)
     return content
-
-
-def sizes_by_name(content: Any, sizes: Mapping[str, Mapping[str, Any]]) -> Any:
-    """``content`` of a configuration with what its ``name`` stands for filled in below what is given explicitly.
-
-    Raises:
-        ValueError: a name that is not in ``sizes``.
-    """
-    name = content.get("name") if isinstance(content, dict) else None
-    if not isinstance(name, str):
-        return content
-    if name not in sizes:
-        raise ValueError(f"name {name!r} is not known; use {', '.join(sizes)}, or give every size")
-    return {**sizes[name], **content}
 
 
 def describe_errors(error: ValidationError, where: str, model: type[BaseModel], content: Any) -> str:

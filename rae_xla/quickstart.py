@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rae_xla import runtime, storage
+from rae_xla.config import override
 from rae_xla.errors import UserError
 from rae_xla.evaluation.generation import write_sample_set
 from rae_xla.evaluation.latent_stats import write_latent_stats
@@ -35,8 +35,7 @@ def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str
     taken = [override for override in overrides if override.partition("=")[0] in ("root", "run_dir", "task", "data")]
     if taken:
         raise UserError(f"{taken[0]}: the quickstart's steps need each their own; --out says where everything goes")
-    # JSON is YAML, and a directory called 2026 stays text.
-    laid_over = [*overrides, f"root={json.dumps(root)}"]
+    laid_over = [*overrides, override("root", root)]
     names = (*TRAININGS, "latent_stats", *[f"sample_{mode}" for mode in GUIDANCE], "evaluation")
     recipes = {name: load_recipe(str(RECIPES / f"{name}.yaml"), laid_over) for name in names}
     common = recipes["diffusion"]

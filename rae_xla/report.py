@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import Any
 
 import jinja2
-import matplotlib
+from matplotlib.figure import Figure
 
 from rae_xla import storage
+from rae_xla.evaluation.files import figure_png
 from rae_xla.training.metrics import read_metrics
 
 TEMPLATE = """<!doctype html>
@@ -82,20 +82,14 @@ def write_report(
 
 
 def _loss_curves(metrics: dict[str, str]) -> bytes:
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(metrics), figsize=(3.2 * len(metrics), 2.8), squeeze=False)
+    figure = Figure(figsize=(3.2 * len(metrics), 2.8))
+    axes = figure.subplots(1, len(metrics), squeeze=False)
     for axis, (name, path) in zip(axes[0], metrics.items(), strict=True):
         lines = read_metrics(path)
         axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1)
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    return buffer.getvalue()
+    return figure_png(figure)
 
 
 def _data_url(png: bytes) -> str:

@@ -140,7 +140,7 @@ def read_tensors(path: str, key: str) -> dict[str, Tensor]:
     try:
         return load_safetensors(inner) if _is_local(filesystem) else parse_safetensors(read_bytes(path))
     except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read; make or download it first, or correct the path") from error
+        raise _unreadable(path, key) from error
     except SafetensorError as error:
         raise UserError(f"{key}: {path} is not a safetensors file, or is cut short ({error})") from error
 
@@ -166,7 +166,7 @@ def read_pickle(path: str, key: str) -> Any:
         else:
             source = io.BytesIO(read_bytes(path))
     except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read; make or download it first, or correct the path") from error
+        raise _unreadable(path, key) from error
     try:
         # Mapped, a training's file costs the memory of the weights that are taken from it.
         mapped = isinstance(source, str) and zipfile.is_zipfile(source)
@@ -174,6 +174,10 @@ def read_pickle(path: str, key: str) -> Any:
     # Bytes that are no such file can stop the reader anywhere, with any exception.
     except Exception as error:
         raise UserError(f"{key}: {path} is not a checkpoint of plain tensors, or is cut short") from error
+
+
+def _unreadable(path: str, key: str) -> UserError:
+    return UserError(f"{key}: {path} cannot be read; make or download it first, or correct the path")
 
 
 def _is_local(filesystem: Any) -> bool:

@@ -214,6 +214,7 @@ JUDGE = "recipes/quickstart/judge.yaml"
         ),
         ("evaluate", ["generation", "recipes/quickstart/evaluation.yaml"], "--samples: required for generation"),
         ("evaluate", ["reconstruction", "recipes/quickstart/evaluation.yaml", "--samples", "x"], "only for generation"),
+        ("benchmark", ["step-overhead", "--model", "dit_xxl"], "--model: 'dit_xxl' is not known; use dit_dh_s"),
         ("latent_stats", ["recipes/quickstart/diffusion.yaml"], "task: 'diffusion' does not fit this command"),
         ("quickstart", ["--out", "OUT", "run_dir=x"], "run_dir=x: the quickstart's steps need each their own"),
         ("quickstart", ["--out", "OUT", "--num-images", "5"], "--num-images: must be at least 20"),
@@ -222,7 +223,11 @@ JUDGE = "recipes/quickstart/judge.yaml"
 def test_tools_exit_with_2_and_one_line(tool: str, arguments: list[str], message: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = [str(out) if argument == "OUT" else argument for argument in arguments]
-    if tool != "quickstart" and arguments and not any(argument.startswith("root=") for argument in arguments):
+    if (
+        tool not in ("quickstart", "benchmark")
+        and arguments
+        and not any(argument.startswith("root=") for argument in arguments)
+    ):
         arguments.append(f"root={out}")
     code, _, errors = run_tool(tool, *arguments)
     assert code == 2 and re.search(message, errors), errors
@@ -244,6 +249,10 @@ def test_a_run_directory_belongs_to_one_recipe(tmp_path: Path) -> None:
         run("model.width=16")
     assert {path.name: path.read_bytes() for path in (tmp_path / "judge").iterdir() if path.is_file()} == before
     assert run("log.every_steps=1")["steps"] == 3
+    (tmp_path / "judge" / "inputs.json").rename(tmp_path / "kept")
+    with pytest.raises(UserError, match="did not record its inputs; give another run_dir"):
+        run()
+    (tmp_path / "kept").rename(tmp_path / "judge" / "inputs.json")
     assert run(f"train.num_epochs={5 * 16 / 1437}")["resumed_from_step"] == 3
 
 

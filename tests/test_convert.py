@@ -265,7 +265,11 @@ def test_diffusers_both_ways(port: str, tmp_path: Path) -> None:
 def test_a_directory_that_is_no_autoencoder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no readable config.json; give a saved AutoencoderRAE"):
         convert_from_diffusers(str(tmp_path), str(tmp_path / "out"))
-    storage.write_json(str(tmp_path / "config.json"), {"encoder_input_size": 224})
+    storage.write_json(str(tmp_path / "config.json"), ["dinov2"])
+    save_file({"encoder.x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"config.json: encoder_type should be one of dinov2, siglip2, mae"):
+        convert_from_diffusers(str(tmp_path), str(tmp_path / "out"))
+    storage.write_json(str(tmp_path / "config.json"), {"encoder_type": "mae", "encoder_input_size": 224})
     save_file({"encoder.x": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=r"config.json: encoder_patch_size is missing or not"):
         convert_from_diffusers(str(tmp_path), str(tmp_path / "out"))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from rae_xla.errors import UserError
 from rae_xla.flow.objective import flow_matching_loss, interpolate
 from rae_xla.models.diffusion import create_diffusion_model
-from rae_xla.models.dit_dh import DiTDHConfig
+from rae_xla.models.dit_dh import DIT_DH_SIZES, DiTDHConfig
 from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.runtime import MeshConfig, create
@@ -27,7 +28,13 @@ WARMUP_STEPS = 3
 
 
 def narrowed(name: str) -> DiTDHConfig:
-    """A named DiT^DH with its true number of blocks and tensors, at a width that a CPU runs."""
+    """A named DiT^DH with its true number of blocks and tensors, at a width that a CPU runs.
+
+    Raises:
+        UserError: no such DiT^DH.
+    """
+    if name not in DIT_DH_SIZES:
+        raise UserError(f"--model: {name!r} is not known; use {', '.join(DIT_DH_SIZES)}")
     sizes = {"width": 16, "num_heads": 2, "head_width": 32, "head_num_heads": 2}
     return DiTDHConfig.model_validate({"name": name, **sizes})
 
@@ -37,7 +44,8 @@ def step_overhead(name: str, mesh: MeshConfig, num_steps: int, num_lazy_steps: i
 
     Each call is timed until it returns; the wait for the device and the next batch are outside.
     """
-    from rae_xla.xla.lazy import LazyStep, num_compilations, num_transfers_to_host
+    from rae_xla.xla.lazy import LazyStep, num_transfers_to_host
+    from rae_xla.xla.step import num_compilations
 
     runtime: Any = create("xla", mesh, "fp32")
     module = initialised(lambda: create_diffusion_model(narrowed(name), LATENT_SHAPE, NUM_CLASSES), 0)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from rae_xla import runtime, storage
+from rae_xla.config import override
 from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
+from rae_xla.evaluation.files import figure_png
 from rae_xla.flow.objective import narrow_width_bound
 from rae_xla.models.autoencoder import load_latent_encoder
 from rae_xla.recipe import load_recipe
@@ -27,10 +28,8 @@ LAST_LINES = 10
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Losses and bounds over the width as a PNG."""
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(5.5, 3.4))
+    figure = Figure(figsize=(5.5, 3.4))
+    axis = figure.subplots()
     widths, channels = [row["width"] for row in rows], rows[0]["token_width"]
     axis.plot(widths, [row["bound"] for row in rows], "--", color="grey", label="Theorem 1: not below this")
     axis.plot(widths, [row["loss"] for row in rows], "o-", label=f"loss after {rows[0]['steps']} steps")
@@ -38,11 +37,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     axis.text(channels, rows[0]["loss"], " token width", va="center")
     axis.set(xlabel="width of the DiT", ylabel="flow-matching loss", ylim=(0, None))
     axis.legend(loc="lower left")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    pyplot.close(figure)
-    storage.write_bytes(path, buffer.getvalue())
+    storage.write_bytes(path, figure_png(figure))
 
 
 def loss_by_width(root: str, widths: tuple[int, ...], overrides: list[str]) -> list[dict[str, Any]]:
@@ -50,7 +45,7 @@ def loss_by_width(root: str, widths: tuple[int, ...], overrides: list[str]) -> l
 
     ``root`` holds the quickstart's encoder and statistics; runs go to ``root/overfit``.
     """
-    common = [*overrides, f"root={root}"]
+    common = [*overrides, override("root", root)]
     recipe = load_recipe(str(RECIPE), common)
     with torch.no_grad():
         images = to_unit(torch.from_numpy(open_source(recipe.data, "train").images))

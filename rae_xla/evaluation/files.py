@@ -7,6 +7,7 @@ import zipfile
 import zlib
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from rae_xla import storage
@@ -70,6 +71,14 @@ def write_png(path: str, image: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
     storage.write_bytes(path, buffer.getvalue())
+
+
+def figure_png(figure: Figure) -> bytes:
+    """A figure as a PNG."""
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
 
 
 def contact_sheet(images: np.ndarray, columns: int, gap_pixels: int = 2) -> np.ndarray:

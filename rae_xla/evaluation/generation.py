@@ -31,6 +31,7 @@ from rae_xla.models.autoencoder import load_latent_decoder
 from rae_xla.models.diffusion import DiffusionModel, load_diffusion_model
 from rae_xla.models.dit import DiTConfig
 from rae_xla.models.functional import call, tensors_of
+from rae_xla.models.loading import required_path
 from rae_xla.random import Purpose, normal
 from rae_xla.recipe import DiffusionRecipe, SamplingRecipe, save_recipe
 from rae_xla.runtime import Runtime
@@ -149,9 +150,8 @@ class Sampler:
         )
 
     def _load(self, config: DiTConfig, weights: str | None, key: str) -> DiffusionModel:
-        if weights is None:
-            raise UserError(f"{key}: required here; give a safetensors file, or a released .pt")
-        return load_diffusion_model(config, self.latent_shape, self.num_classes, self._recipe.path(weights), key)
+        path = required_path(weights, self._recipe.root, key)
+        return load_diffusion_model(config, self.latent_shape, self.num_classes, path, key)
 
     def _times(self) -> Tensor:
         config = self._recipe.sampler
@@ -199,7 +199,7 @@ def write_sample_set(
 ) -> dict[str, Any]:
     """Write ``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json``; returns the manifest.
 
-    The sheet has a row for each of the first classes, or the order of ``labels`` if they are given, and 100 images.
+    The sheet shows at most 100 images: a row for each of the first classes, or the order of ``labels`` if given.
 
     ``labels``, ints [N]: one image for each; ``None``: ``num_images``, class-balanced. ``initial_noise``: a ``.npy``
     file, float [N, C, h, w], in place of the seed's. ``save_latents``: a ``.npy`` file to write the latents to.

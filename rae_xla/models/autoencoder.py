@@ -16,7 +16,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.convert.files import read_weights
 from rae_xla.models.decoder import Decoder, DecoderConfig
 from rae_xla.models.encoders import Encoder, EncoderConfig, load_encoder
-from rae_xla.models.loading import load_weights, on_meta
+from rae_xla.models.loading import load_weights, on_meta, required_path
 from rae_xla.models.pretrained import pretrained_weights
 
 STATS_EPS = 1e-5
@@ -123,10 +123,9 @@ def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:
         UserError: a file is missing or does not fit.
     """
     key = "autoencoder.decoder.weights"
-    if config.decoder.weights is None:
-        raise UserError(f"{key}: required here; give a safetensors file, or a released .pt")
+    path = required_path(config.decoder.weights, root, key)
     module = on_meta(lambda: LatentDecoder(config))
-    load_weights(module.decoder, storage.resolve(root, config.decoder.weights), key)
+    load_weights(module.decoder, path, key)
     _load_stats(module, config, root)
     return module
 

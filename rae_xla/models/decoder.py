@@ -7,14 +7,12 @@ Source: arXiv 2510.11690, section 3; layout and initialisation of MAE's decoder 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rae_xla.config import Config, sizes_by_name
+from rae_xla.config import NamedSizes
 from rae_xla.models.layers import Attention, check_heads, init_linear, sincos_positions
 
 LAYER_NORM_EPS = 1e-12
@@ -28,25 +26,20 @@ DECODER_SIZES = {
 }
 
 
-class DecoderConfig(Config):
+class DecoderConfig(NamedSizes):
     """Sizes of a decoder: a ``name`` (vit_b, vit_l, vit_xl) or each of them; one that is given wins over the name's.
 
     An image side is ``patch_size`` times the latent's grid: 16 gives 256 px from 16x16 tokens, 32 gives 512 px.
     ``weights``: safetensors, or the released ``.pt``; inside the recipe's ``root`` if relative.
     """
 
-    name: str | None = None
+    sizes = DECODER_SIZES
     patch_size: int = Field(gt=0)
     width: int = Field(gt=0)
     depth: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     mlp_width: int = Field(gt=0)
     weights: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, content: Any) -> Any:
-        return sizes_by_name(content, DECODER_SIZES)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> DecoderConfig:

@@ -7,12 +7,10 @@ Numerically equal to the released ``LightningDiT``; `convert` maps the released 
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from rae_xla.config import Config, sizes_by_name
+from rae_xla.config import NamedSizes
 from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
@@ -33,7 +31,7 @@ DIT_SIZES = {
 }
 
 
-class DiTConfig(Config):
+class DiTConfig(NamedSizes):
     """Sizes of a DiT: a ``name`` (dit_s, dit_b, dit_l, dit_xl) or each of them; one that is given wins over the name's.
 
     ``weights``: a file to start or to sample from. ``condition_init_std``: the standard deviation that label vectors
@@ -41,17 +39,12 @@ class DiTConfig(Config):
     size.
     """
 
-    name: str | None = None
+    sizes = DIT_SIZES
     width: int = Field(gt=0)
     depth: int = Field(gt=0)
     num_heads: int = Field(gt=0)
     condition_init_std: float = Field(default=0.02, ge=0)
     weights: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, content: Any) -> Any:
-        return sizes_by_name(content, DIT_SIZES)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> DiTConfig:

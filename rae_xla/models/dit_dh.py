@@ -11,13 +11,10 @@ every block. Numerically equal to the released code; `convert` maps the released
 
 from __future__ import annotations
 
-from typing import Any
-
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rae_xla.config import sizes_by_name
 from rae_xla.models.dit import DIT_SIZES, DiTConfig
 from rae_xla.models.layers import (
     LabelEmbedder,
@@ -40,14 +37,10 @@ class DiTDHConfig(DiTConfig):
     Names: dit_dh_s, dit_dh_b, dit_dh_l, dit_dh_xl.
     """
 
+    sizes = DIT_DH_SIZES
     head_width: int = Field(gt=0)
     head_depth: int = Field(gt=0)
     head_num_heads: int = Field(gt=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, content: Any) -> Any:
-        return sizes_by_name(content, DIT_DH_SIZES)
 
     @model_validator(mode="after")
     def _head_fits(self) -> DiTDHConfig:

@@ -14,7 +14,6 @@ Parameters include fixed position tables, which the released models hold as para
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,8 +126,7 @@ def _head_cost(depth: int, width: int) -> ModelCost:
 
 
 def _diffusion(config: DiTConfig | DiTDHConfig) -> tuple[nn.Module, dict[str, dict[Any, float]]]:
-    make: Callable[[], nn.Module] = lambda: create_diffusion_model(config, LATENT_SHAPE, NUM_CLASSES)  # noqa: E731
-    module = on_meta(make)
+    module = on_meta(lambda: create_diffusion_model(config, LATENT_SHAPE, NUM_CLASSES))
     label = torch.zeros(1, dtype=torch.int64, device="meta")
     return module, multiply_adds(module, torch.empty(1, *LATENT_SHAPE, device="meta"), label.float(), label)
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from rae_xla import storage
 from rae_xla.errors import UserError
 from rae_xla.models.convert.files import read_weights
 from rae_xla.models.convert.released import Layout, layout_of
@@ -33,6 +34,17 @@ def on_meta(make: Callable[[], M]) -> M:
     """``make()`` without storage for its parameters, to be filled by `load_weights`."""
     with torch.device("meta"):
         return make()
+
+
+def required_path(weights: str | None, root: str, key: str) -> str:
+    """The path of weights that a recipe may leave open but that are needed here.
+
+    Raises:
+        UserError: they are not named.
+    """
+    if weights is None:
+        raise UserError(f"{key}: required here; give a safetensors file, or a released .pt")
+    return storage.resolve(root, weights)
 
 
 def load_weights(module: nn.Module, path: str, key: str, backbone_depth: int | None = None) -> None:

@@ -17,7 +17,7 @@ from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
 from rae_xla.training.metrics import MetricsLog
-from rae_xla.training.same_run import begin_run, check_same_run
+from rae_xla.training.same_run import begin_run, check_same_run, described
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     run_dir = recipe.path(recipe.run_dir)
     directory = storage.join(run_dir, "checkpoints")
     done = checkpoint.complete_steps(directory)
-    start, state = 0, task.state
+    start, state, inputs = 0, task.state, described(task.inputs)
     if done:
-        check_same_run(recipe, task.inputs, run_dir)
+        check_same_run(recipe, inputs, run_dir)
         start = done[-1]
         state = checkpoint.load(directory, start, task.state)
         if start >= task.num_steps and storage.exists(storage.join(run_dir, REPORT_FILE)):
@@ -58,7 +58,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
             return storage.read_json(storage.join(run_dir, REPORT_FILE))
         logger.info("%s: resuming from step %d", task.name, start)
     if runtime.process_index == 0:
-        begin_run(recipe, task.inputs, run_dir)
+        begin_run(recipe, inputs, run_dir)
 
     state, frozen = runtime.place_state(state), runtime.place_state(task.frozen)
     update = runtime.compile(task.update, task.name)

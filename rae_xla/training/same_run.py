@@ -12,22 +12,30 @@ from rae_xla.errors import UserError
 from rae_xla.recipe import TrainingRecipe, save_recipe
 
 INPUTS_FILE = "inputs.json"
+Inputs = Mapping[str, Mapping[str, str]]
 # How long a run is, where and how it is computed and logged, and what only sampling reads.
 MAY_CHANGE = ("root", "runtime", "mesh", "log", "checkpoint", "sampler", "guidance", "train.num_epochs")
 
 
-def begin_run(recipe: TrainingRecipe, inputs: Mapping[str, str], run_dir: str) -> None:
-    """Write ``recipe.yaml``, and ``inputs.json`` with the hash of every file in ``inputs`` (recipe key to path)."""
+def described(files: Mapping[str, str]) -> Inputs:
+    """Path and content hash of the files that a run reads, by recipe key."""
+    return {key: {"path": path, "sha256": storage.content_hash(path)} for key, path in files.items()}
+
+
+def begin_run(recipe: TrainingRecipe, inputs: Inputs, run_dir: str) -> None:
+    """Write ``recipe.yaml`` and ``inputs.json``."""
     save_recipe(recipe, run_dir)
-    storage.write_json(storage.join(run_dir, INPUTS_FILE), _described(inputs))
+    storage.write_json(storage.join(run_dir, INPUTS_FILE), inputs)
 
 
-def check_same_run(recipe: TrainingRecipe, inputs: Mapping[str, str], run_dir: str) -> None:
+def check_same_run(recipe: TrainingRecipe, inputs: Inputs, run_dir: str) -> None:
     """Compare with what `begin_run` wrote.
 
     Raises:
-        UserError: a key of the recipe or the content of an input is another; names the first.
+        UserError: a key of the recipe or the content of an input is another, and names the first; or it wrote nothing.
     """
+    if not storage.exists(storage.join(run_dir, INPUTS_FILE)):
+        raise UserError(f"{run_dir} was begun by a version that did not record its inputs; give another run_dir")
     before = dict(_flat(yaml.safe_load(storage.read_bytes(storage.join(run_dir, "recipe.yaml")))))
     for key, now in _flat(recipe.model_dump(mode="json")):
         allowed = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
@@ -37,16 +45,12 @@ def check_same_run(recipe: TrainingRecipe, inputs: Mapping[str, str], run_dir: s
                 "give the run another run_dir, or the old value"
             )
     old = storage.read_json(storage.join(run_dir, INPUTS_FILE))
-    for key, now in _described(inputs).items():
+    for key, now in inputs.items():
         if key in old and old[key]["sha256"] != now["sha256"]:
             raise UserError(
                 f"{key}: {now['path']} is not what {run_dir} was begun with; "
                 "give the run another run_dir, or remove the old one to train it again"
             )
-
-
-def _described(inputs: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    return {key: {"path": path, "sha256": storage.content_hash(path)} for key, path in inputs.items()}
 
 
 def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

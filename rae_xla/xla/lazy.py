@@ -1,4 +1,4 @@
-"""The rival of `CompiledStep`, for measurements: the same step, traced lazily every time. And torch_xla's counters."""
+"""The rival of `CompiledStep`, for measurements: the same step, traced lazily every time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ class LazyStep:
             self._keep_sharding(old, new)
         torch_xla.sync()
         return new_state, outputs
-
-
-def num_compilations() -> int:
-    """Programs compiled in this process so far."""
-    return int(xla_metrics.counter_value("UncachedCompile") or 0)
 
 
 def num_transfers_to_host() -> int:

@@ -53,9 +53,9 @@ class CompiledStep:
             results = self._replay(*tensors)
         else:
             self._check_inputs(state, frozen, batch, tensors)
-            compiled_before = _compilations()
+            compiled_before = num_compilations()
             results = self._replay(*tensors)
-            if _compilations() != compiled_before:
+            if num_compilations() != compiled_before:
                 raise RuntimeError(
                     f"{self.name}: compiled again after the first step; the sharding of an input changed"
                 )
@@ -110,5 +110,6 @@ def _input_name(path: Any) -> str:
     return ("state", "frozen", "batch")[path[0].idx] + "".join(str(key) for key in path[1:])
 
 
-def _compilations() -> int:
+def num_compilations() -> int:
+    """Programs compiled in this process so far."""
     return int(xla_metrics.counter_value("UncachedCompile") or 0)

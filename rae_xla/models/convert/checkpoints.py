@@ -7,6 +7,7 @@ other, before anything is written; an encoder is checked when a recipe loads it.
 from __future__ import annotations
 
 import io
+import logging
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,10 @@ from rae_xla.models.decoder import Decoder, DecoderConfig
 from rae_xla.models.diffusion import create_diffusion_model
 from rae_xla.models.dit import DiTConfig
 from rae_xla.models.dit_dh import DiTDHConfig
-from rae_xla.models.loading import describe_differences, on_meta
+from rae_xla.models.encoders import ENCODERS, EncoderConfig
+from rae_xla.models.loading import describe_differences, on_meta, required_path
+
+logger = logging.getLogger(__name__)
 
 Target = Literal["ours", "released"]
 DIFFUSERS_CONFIG = "config.json"
@@ -87,6 +91,7 @@ def convert_from_diffusers(source: str, target: str) -> dict[str, Any]:
         _check(parts.decoder, layout)
     except (ValueError, KeyError) as error:
         raise UserError(f"IN: {source}: {_said(error)}") from error
+    _warn_of_pixels(tensors, str(config["encoder_type"]))
     named = {"encoder": parts.encoder, "decoder": parts.decoder, "latent_stats": parts.stats}
     paths = {name: storage.join(target, f"{name}.safetensors") for name, part in named.items() if part is not None}
     for name, path in paths.items():
@@ -104,13 +109,11 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
     port = config.encoder.row.port
     if port is None:
         raise UserError(f"autoencoder.encoder.name: diffusers knows no {config.encoder.name}")
-    if config.decoder.weights is None:
-        raise UserError("autoencoder.decoder.weights: required here; give a safetensors file, or a released .pt")
-    path = encoder_weights_path(config, root)
-    encoder = read_weight_file(path, "autoencoder.encoder.weights").tensors
+    key = "autoencoder.decoder.weights"
+    decoder = read_weights(required_path(config.decoder.weights, root, key), key).tensors
+    encoder = read_weight_file(encoder_weights_path(config, root), "autoencoder.encoder.weights").tensors
     channels, grid, _ = config.encoder.latent_shape
     encoder = features_only(timm_from_port(encoder) if is_port(encoder) else encoder)
-    decoder = read_weights(storage.resolve(root, config.decoder.weights), "autoencoder.decoder.weights").tensors
     stats = None
     if config.latent_stats is not None:
         stats = read_weights(storage.resolve(root, config.latent_stats), "autoencoder.latent_stats").tensors
@@ -133,6 +136,14 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
     storage.write_tensors(storage.join(target, DIFFUSERS_WEIGHTS), tensors)
     storage.write_json(storage.join(target, DIFFUSERS_CONFIG), described)
     return {"layout": "diffusers", "kind": "autoencoder", "path": target, "channels": channels}
+
+
+def _warn_of_pixels(tensors: Tensors, port: str) -> None:
+    names = [name for name, row in ENCODERS.items() if row.port == port]
+    stats = EncoderConfig.model_validate({"name": names[0]}).pixel_stats()
+    for key, expected in zip(("encoder_mean", "encoder_std"), stats, strict=True):
+        if key in tensors and not torch.allclose(tensors[key].view(3, 1, 1), expected, atol=1e-3):
+            logger.warning("%s: pixels are not normalised as a recipe's %s does it: numbers differ", key, names[0])
 
 
 def _said(error: ValueError | KeyError) -> str:

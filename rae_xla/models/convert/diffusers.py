@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae_xla.models.convert.encoders import port_from_timm, timm_from_port
+from rae_xla.models.convert.encoders import PORTS, port_from_timm, timm_from_port
 from rae_xla.models.convert.keys import Tensors, inverse, num_blocks
 from rae_xla.models.convert.released import Layout, decoder_tables, from_released, is_table, to_released
 
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 EPS = 1e-5
 SAME_POSITIONS_GRID = 16
 
-_IMAGENET = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-_PIXEL_MEANS = {"dinov2": _IMAGENET, "mae": _IMAGENET, "siglip2": torch.full((1, 3, 1, 1), 0.5)}
 _DECODER_PARTS = {
     ".attention.to_q.": ".attention.attention.query.",
     ".attention.to_k.": ".attention.attention.key.",
@@ -73,8 +71,10 @@ def from_diffusers(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Autoenc
             parts[part][rest] = value
         elif key not in ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std"):
             raise ValueError(f"{key} is not a key of this layout")
+    if not isinstance(config, Mapping) or config.get("encoder_type") not in PORTS:
+        raise ValueError(f"config.json: encoder_type should be one of {', '.join(PORTS)}")
     for name in ("encoder_input_size", "encoder_patch_size", "decoder_hidden_size"):
-        if not isinstance(config, Mapping) or not isinstance(config.get(name), int):
+        if not isinstance(config.get(name), int):
             raise ValueError(f"config.json: {name} is missing or not a whole number")
     grid = config["encoder_input_size"] // config["encoder_patch_size"]
     _warn_of_positions(grid)
@@ -83,8 +83,6 @@ def from_diffusers(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Autoenc
     decoder, layout = from_released(released)
     assert layout is not None
     stats = _stats(tensors.get("_latents_mean", torch.zeros(1)), tensors.get("_latents_std", torch.ones(1)))
-    if not torch.allclose(tensors.get("encoder_mean", torch.zeros(1)), _PIXEL_MEANS[config["encoder_type"]], atol=1e-3):
-        logger.warning("its pixels are normalised otherwise than a recipe's %s: numbers differ", config["encoder_type"])
     return AutoencoderParts(encoder=timm_from_port(parts["encoder"]), decoder=decoder, stats=stats), layout
 
 
