@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from rae_xla.flow.sampler import python_loop
-from rae_xla.runtime import MeshConfig, Precision, Tree, compute_dtype
+from rae_xla.runtime import MeshConfig, Precision, ScanBody, Tree, compute_dtype
 
 
 class EagerRuntime:
@@ -25,7 +26,6 @@ class EagerRuntime:
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.loop = python_loop
 
     def describe(self) -> dict[str, Any]:
         """See `Runtime`."""
@@ -39,7 +39,7 @@ class EagerRuntime:
 
     def place_state(self, tree: Tree) -> Tree:
         """See `Runtime`. Copies, so that the host's tensors stay as they are."""
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone().to(self._device), tree)
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().clone().to(self._device), tree)
 
     def place_batch(self, tree: Tree) -> Tree:
         """See `Runtime`."""
@@ -49,9 +49,29 @@ class EagerRuntime:
         """See `Runtime`."""
         return EagerStep(function, name)
 
+    def scan(
+        self, body: ScanBody, carry: Tree, rows: Tree, invariants: Tree, *, reverse: bool = False
+    ) -> tuple[Tree, Tree]:
+        """See `Runtime`."""
+        order = range(len(tree_leaves(rows)[0]))
+        outputs = []
+        for index in reversed(order) if reverse else order:
+            carry, output = body(carry, tree_map_only(Tensor, itemgetter(index), rows), invariants)
+            outputs.append(output)
+        in_order = outputs[::-1] if reverse else outputs
+        return carry, tree_map(lambda *parts: torch.stack(parts), *in_order)
+
+    def barrier(self, tensors: list[Tensor]) -> list[Tensor]:
+        """See `Runtime`. Nothing is taken from elsewhere here."""
+        return tensors
+
+    def split_batch(self, tensor: Tensor) -> Tensor:
+        """See `Runtime`. There is one device."""
+        return tensor
+
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
-        return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().cpu(), tree)
+        return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), tree)
 
 
 class EagerStep:

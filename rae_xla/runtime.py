@@ -19,6 +19,8 @@ from rae_xla.config import Config
 from rae_xla.errors import UserError
 
 Tree = Any
+ScanBody = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
+"""(carry, row, invariants) -> (carry, output)"""
 Precision = Literal["fp32", "fp32_highest", "bf16"]
 
 
@@ -81,13 +83,21 @@ class Runtime(Protocol):
     def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
         """A step that is traced at its first call and replayed from then on."""
 
-    def loop(
-        self, body: Callable[[Tensor, Tensor, Tree], Tensor], carry: Tensor, rows: Tensor, invariants: Tree
-    ) -> Tensor:
-        """``carry = body(carry, row, invariants)`` for each row, on the device, inside a compiled step; no gradients.
+    def scan(
+        self, body: ScanBody, carry: Tree, rows: Tree, invariants: Tree, *, reverse: bool = False
+    ) -> tuple[Tree, Tree]:
+        """``carry, output = body(carry, row, invariants)`` for each row, from the last to the first if ``reverse``.
 
-        ``body`` reads no other tensors.
+        ``rows``: tensors [S, ...]. Returns the last carry and the outputs, stacked in the order of the rows. The body
+        keeps shapes and types of the carry, whose numbers are not booleans, and reads no other tensors than it is
+        handed. On the device, inside a compiled step; no gradient goes through it.
         """
+
+    def barrier(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The same values, which the compiler neither takes from elsewhere nor computes before all of them are there."""
+
+    def split_batch(self, tensor: Tensor) -> Tensor:
+        """The same values, and word to the compiler that the first dimension lies like a batch's; with gradients."""
 
     def to_host(self, tree: Tree) -> Tree:
         """Values on the host; waits for them."""

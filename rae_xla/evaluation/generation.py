@@ -115,7 +115,7 @@ class Sampler:
                 noise = batch["noise"]
             models = {name: frozen[name] for name in ("model", "guide") if name in frozen}
             times = frozen["times"]["grid"]
-            latents = euler(self._velocity, models, noise, batch["labels"], times, self._runtime.loop)
+            latents = euler(self._velocity, models, noise, batch["labels"], times, self._runtime.scan)
             images = to_bytes(self._call(self._decoder, frozen["decoder"], latents))
             return {"images": images, "latents": latents} if with_latents else {"images": images}
 

@@ -1,6 +1,6 @@
 """Euler's method on an explicit grid of times. The state stays float32 whatever the model computes in.
 
-The loop is handed in, so that a runtime can make it one program on the device.
+The scan is handed in, so that a runtime can make it one program on the device.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from torch import Tensor
 from rae_xla.config import Config
 from rae_xla.flow.guidance import Velocity
 
-Loop = Callable[[Callable[[Tensor, Tensor, Any], Tensor], Tensor, Tensor, Any], Tensor]
-"""(body, carry, rows, invariants) -> carry: body(carry, row, invariants) for every row of ``rows`` [S, ...], in order.
-
-``body`` reads no other tensors."""
+Scan = Callable[..., tuple[Any, Any]]
+"""See `Runtime.scan`."""
 
 
 class SamplerConfig(Config):
@@ -31,24 +29,17 @@ class SamplerConfig(Config):
 
 
 def euler(
-    velocity_of: Callable[[Any], Velocity], weights: Any, noise: Tensor, labels: Tensor, times: Tensor, loop: Loop
+    velocity_of: Callable[[Any], Velocity], weights: Any, noise: Tensor, labels: Tensor, times: Tensor, scan: Scan
 ) -> Tensor:
     """Latents [B, C, h, w] at the last time, from ``noise`` at the first; ``times`` float32 [S], falling.
 
-    ``velocity_of(weights)`` is the velocity. It is called inside the loop, with the weights that the loop hands in.
+    ``velocity_of(weights)`` is the velocity. It is called inside the scan, with the weights that the scan hands in.
     """
     intervals = torch.stack([times[:-1], times[1:]], dim=1)  # [S - 1, 2]
 
-    def step(x: Tensor, interval: Tensor, given: Any) -> Tensor:
+    def step(x: Tensor, interval: Tensor, given: Any) -> tuple[Tensor, tuple[()]]:
         weights, labels = given
         now, then = interval[0], interval[1]
-        return x + (then - now) * velocity_of(weights)(x, now.expand(x.shape[0]), labels).float()
+        return x + (then - now) * velocity_of(weights)(x, now.expand(x.shape[0]), labels).float(), ()
 
-    return loop(step, noise.float(), intervals, (weights, labels))
-
-
-def python_loop(body: Callable[[Tensor, Tensor, Any], Tensor], carry: Tensor, rows: Tensor, invariants: Any) -> Tensor:
-    """The loop as Python runs it."""
-    for row in rows:
-        carry = body(carry, row, invariants)
-    return carry
+    return scan(step, noise.float(), intervals, (weights, labels))[0]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rae_xla.config import NamedSizes
-from rae_xla.models.layers import Attention, check_heads, init_linear, sincos_positions
+from rae_xla.models.blocks import Blocks
+from rae_xla.models.layers import Attention, LayerNorm, check_heads, init_linear, sincos_positions
 
 LAYER_NORM_EPS = 1e-12
 
@@ -54,9 +55,9 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm1 = LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.attention = Attention(config.width, config.num_heads)
-        self.norm2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.hidden = nn.Linear(config.width, config.mlp_width)
         self.output = nn.Linear(config.mlp_width, config.width)
 
@@ -77,8 +78,8 @@ class Decoder(nn.Module):
         self.input = nn.Linear(channels, config.width)
         self.class_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.blocks = Blocks(DecoderBlock(config) for _ in range(config.depth))
+        self.norm = LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.output = nn.Linear(config.width, config.patch_size**2 * 3)
 
     def init_weights(self) -> None:
@@ -94,8 +95,7 @@ class Decoder(nn.Module):
         x = self.input(tokens) + self.positions.to(tokens.dtype)
         # The class token stands at position zero of the position table, which is zero: nothing to add.
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(x)
         patches = self.output(self.norm(x))[:, 1:].float().unflatten(2, (self.patch_size, self.patch_size, 3))
         patches = patches.unflatten(1, (grid, grid))  # [B, h, w, p, p, 3]
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

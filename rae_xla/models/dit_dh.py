@@ -15,15 +15,16 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rae_xla.models.blocks import Blocks
 from rae_xla.models.dit import DIT_SIZES, DiTConfig
 from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
     ModulatedOutput,
-    RotaryEmbedding2D,
     TimeEmbedder,
     check_heads,
     init_linear,
+    rotary_angles,
     sincos_positions,
 )
 
@@ -57,6 +58,8 @@ class DiTDH(nn.Module):
     """Predicts the velocity of flow matching, eps - x, from a noisy latent, its time and its label."""
 
     positions: Tensor
+    backbone_rotary: Tensor
+    head_rotary: Tensor
 
     def __init__(self, config: DiTDHConfig, *, channels: int, grid: int, num_classes: int) -> None:
         super().__init__()
@@ -66,15 +69,15 @@ class DiTDH(nn.Module):
         self.label_embedder = LabelEmbedder(num_classes, config.width)
         self.backbone_input = nn.Linear(channels, config.width)
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
-        self.backbone_rotary = RotaryEmbedding2D(config.width // config.num_heads, grid)
-        self.backbone = nn.ModuleList(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
+        angles = rotary_angles(config.width // config.num_heads, grid)
+        self.register_buffer("backbone_rotary", angles, persistent=False)
+        self.backbone = Blocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
         same_width = config.width == config.head_width
         self.condition = nn.Identity() if same_width else nn.Linear(config.width, config.head_width)
         self.head_input = nn.Linear(channels, config.head_width)
-        self.head_rotary = RotaryEmbedding2D(config.head_width // config.head_num_heads, grid)
-        self.head = nn.ModuleList(
-            ModulatedBlock(config.head_width, config.head_num_heads) for _ in range(config.head_depth)
-        )
+        angles = rotary_angles(config.head_width // config.head_num_heads, grid)
+        self.register_buffer("head_rotary", angles, persistent=False)
+        self.head = Blocks(ModulatedBlock(config.head_width, config.head_num_heads) for _ in range(config.head_depth))
         self.output = ModulatedOutput(config.head_width, channels)
 
     def init_weights(self) -> None:
@@ -97,10 +100,7 @@ class DiTDH(nn.Module):
         time = self.time_embedder(t)[:, None]  # [B, 1, D]
         condition = functional.silu(time + self.label_embedder(labels)[:, None])
         z = self.backbone_input(tokens) + self.positions.to(tokens.dtype)
-        for block in self.backbone:
-            z = block(z, condition, self.backbone_rotary)
+        z = self.backbone(z, condition, self.backbone_rotary)
         condition = self.condition(functional.silu(time + z))  # [B, N, E]
-        y = self.head_input(tokens)
-        for block in self.head:
-            y = block(y, condition, self.head_rotary)
+        y = self.head(self.head_input(tokens), condition, self.head_rotary)
         return self.output(y, condition).float().transpose(1, 2).unflatten(2, x.shape[2:])

@@ -1,36 +1,122 @@
 """Modules as pure functions: the module gives the architecture, a dict of tensors gives the values.
 
-Inputs and outputs of the models here are float32; a model computes in the dtype of its parameters.
+Inputs and outputs of the models here are float32; a model computes in the dtype of its parameters, and its norms and
+softmaxes in float32.
+
+Values of alike blocks are stacked: ``blocks.0.norm.weight`` ... ``blocks.27.norm.weight`` [D] are one tensor
+``blocks.*.norm.weight`` [28, D]. What a host spends on starting a step grows with the number of tensors, not with their
+size, and DiT^DH-XL has 376 of them unstacked.
 """
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from rae_xla.models.blocks import Blocks, RunBlocks
+from rae_xla.models.layers import RMSNorm
+
 Tensors = dict[str, Tensor]
+
+_BLOCK_NUMBER = re.compile(r"(^|\.)(\d+)\.")
+NORMS = (RMSNorm, nn.LayerNorm)
 
 
 def parameters_of(module: nn.Module) -> Tensors:
-    """The parameters by name, detached."""
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+    """The parameters by name, detached and stacked."""
+    return stack_blocks({name: parameter.detach() for name, parameter in module.named_parameters()})
 
 
 def buffers_of(module: nn.Module) -> Tensors:
-    """The buffers by name: tables, frequencies and statistics that no optimizer touches."""
-    return {name: buffer.detach() for name, buffer in module.named_buffers()}
+    """The buffers by name, stacked: tables, frequencies and statistics that no optimizer touches."""
+    return stack_blocks({name: buffer.detach() for name, buffer in module.named_buffers()})
 
 
 def tensors_of(module: nn.Module) -> Tensors:
-    """Parameters and buffers by name."""
+    """Parameters and buffers by name, stacked."""
     return {**parameters_of(module), **buffers_of(module)}
 
 
-def call(module: nn.Module, tensors: Tensors, dtype: torch.dtype, *arguments: Any) -> Tensor:
-    """``module(*arguments)`` with these values; parameters are cast to ``dtype``, buffers stay float32."""
-    parameters = {name for name, _ in module.named_parameters()}
-    values = {name: value.to(dtype) if name in parameters else value for name, value in tensors.items()}
-    return functional_call(module, values, arguments)
+def stack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Tensors whose names differ in the first number only, which counts from zero, as one; others as they are."""
+    members: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in tensors:
+        number = _BLOCK_NUMBER.search(name)
+        members[_stacked_name(name)][int(number[2]) if number else 0] = name
+    stacked: Tensors = {}
+    for pattern, names in members.items():
+        ordered = [tensors[names[index]] for index in sorted(names)]
+        alike = len({(tensor.shape, tensor.dtype) for tensor in ordered}) == 1
+        if "*" in pattern and alike and sorted(names) == list(range(len(names))):
+            stacked[pattern] = torch.stack(ordered)
+        else:
+            stacked.update({name: tensors[name] for name in names.values()})
+    return stacked
+
+
+def unstack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
+    """What `stack_blocks` was given."""
+    unstacked: Tensors = {}
+    for name, value in tensors.items():
+        if "*" in name:
+            unstacked.update({name.replace("*", str(index)): part for index, part in enumerate(value.unbind(0))})
+        else:
+            unstacked[name] = value
+    return unstacked
+
+
+def call(
+    module: nn.Module, tensors: Tensors, dtype: torch.dtype, *arguments: Any, run_blocks: RunBlocks | None = None
+) -> Tensor:
+    """``module(*arguments)`` with these values, stacked or not.
+
+    Parameters are cast to ``dtype``, but for those of norms; buffers stay float32. ``run_blocks`` runs the `Blocks`
+    inside; by default they run one after the other.
+    """
+    computed = _names_in_dtype(module)
+    values = {name: value.to(dtype) if name in computed else value for name, value in tensors.items()}
+    running = {}
+    if run_blocks is not None:
+        for path, blocks in [(path, part) for path, part in module.named_modules() if isinstance(part, Blocks)]:
+            prefix = f"{path}.*."
+            own = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
+            running[blocks] = partial(_run, run_blocks, blocks[0], own)
+    with _run_by(running):
+        return functional_call(module, unstack_blocks(values), arguments)
+
+
+def _run(run_blocks: RunBlocks, block: nn.Module, values: Tensors, x: Tensor, *shared: Tensor) -> Tensor:
+    return run_blocks(block, values, x, shared)
+
+
+@contextmanager
+def _run_by(running: Mapping[Blocks, Any]) -> Iterator[None]:
+    try:
+        for blocks, run in running.items():
+            blocks.run = run
+        yield
+    finally:
+        for blocks in running:
+            blocks.run = None
+
+
+def _names_in_dtype(module: nn.Module) -> set[str]:
+    names = {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules()
+        if not isinstance(part, NORMS)
+        for name, _ in part.named_parameters(recurse=False)
+    }
+    return names | {_stacked_name(name) for name in names}
+
+
+def _stacked_name(name: str) -> str:
+    return _BLOCK_NUMBER.sub(r"\1*.", name, count=1)

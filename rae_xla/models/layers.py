@@ -47,6 +47,14 @@ def init_linear(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 whatever the input's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D], same dtype."""
+        return functional.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale, in float32 whatever the input's dtype."""
 
@@ -58,37 +66,35 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], same dtype."""
         normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return (normed * self.weight).to(x.dtype)
 
 
-class RotaryEmbedding2D(nn.Module):
-    """Rotary position embedding on a square grid: half of a head's channels turn with the row, half with the column.
+def rotary_angles(head_width: int, grid: int, theta: float = 10000.0) -> Tensor:
+    """Cosines and sines of a rotary position embedding on a square grid, float32 [2, grid * grid, head_width].
 
-    Channels are rotated in neighbouring pairs (2i, 2i + 1), theta 10,000, as in the released checkpoints.
+    Half of a head's channels turn with the row, half with the column; theta as in the released checkpoints.
+
+    Raises:
+        ValueError: ``head_width`` is not a multiple of 4.
     """
+    if head_width % 4:
+        raise ValueError(f"2-D rotary embedding needs a head width that is a multiple of 4, got {head_width}")
+    per_axis = head_width // 2
+    with torch.device("cpu"):
+        frequencies = 1.0 / theta ** (torch.arange(0, per_axis, 2).float() / per_axis)
+        angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
+        rows = angles[:, None, :].expand(grid, grid, per_axis)
+        columns = angles[None, :, :].expand(grid, grid, per_axis)
+        both = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_width)
+    return torch.stack([both.cos(), both.sin()])
 
-    cos: Tensor
-    sin: Tensor
 
-    def __init__(self, head_width: int, grid: int, theta: float = 10000.0) -> None:
-        super().__init__()
-        if head_width % 4:
-            raise ValueError(f"2-D rotary embedding needs a head width that is a multiple of 4, got {head_width}")
-        per_axis = head_width // 2
-        with torch.device("cpu"):
-            frequencies = 1.0 / theta ** (torch.arange(0, per_axis, 2).float() / per_axis)
-            angles = (torch.arange(grid).float()[:, None] * frequencies).repeat_interleave(2, dim=1)
-            rows = angles[:, None, :].expand(grid, grid, per_axis)
-            columns = angles[None, :, :].expand(grid, grid, per_axis)
-            both = torch.cat([rows, columns], dim=-1).reshape(grid * grid, head_width)
-        self.register_buffer("cos", both.cos(), persistent=False)
-        self.register_buffer("sin", both.sin(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, H, N, K] -> [B, H, N, K], same dtype."""
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-        return (x * self.cos + turned * self.sin).to(x.dtype)
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """[B, H, N, K] -> [B, H, N, K], same dtype, channels turned in neighbouring pairs (2i, 2i + 1) by `rotary_angles`."""
+    cos, sin = rotary
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -101,12 +107,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotary: RotaryEmbedding2D | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None) -> Tensor:
         """[B, N, D] -> [B, N, D]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, K]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, N, K]
         if rotary is not None:
-            q, k = rotary(q), rotary(k)
+            q, k = rotate(q, rotary), rotate(k, rotary)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, N, N]
         mixed = scores.float().softmax(dim=-1).to(v.dtype) @ v
         return self.output(mixed.transpose(1, 2).flatten(2))
@@ -146,8 +152,8 @@ class ModulatedBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, condition: Tensor, rotary: RotaryEmbedding2D) -> Tensor:
-        """x [B, N, D], condition [B, 1 or N, D] -> [B, N, D]."""
+    def forward(self, x: Tensor, condition: Tensor, rotary: Tensor) -> Tensor:
+        """x [B, N, D], condition [B, 1 or N, D], rotary [2, N, K] -> [B, N, D]."""
         modulation = self.modulation(functional.silu(condition)).chunk(6, dim=-1)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), rotary)

@@ -50,7 +50,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
-        export=lambda state: {name.removeprefix("decoder."): value for name, value in state["ema"].items()},
+        export=lambda ema: {name.removeprefix("decoder."): value for name, value in ema.items()},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
             **recipe.paths({"autoencoder.decoder.weights": recipe.autoencoder.decoder.weights}),

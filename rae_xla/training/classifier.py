@@ -11,7 +11,7 @@ from torch.nn import functional
 from rae_xla.data.sources import ImageSet, open_source
 from rae_xla.data.transforms import to_unit
 from rae_xla.models.classifier import ConvNet, EncoderClassifier, create_classifier
-from rae_xla.models.functional import buffers_of
+from rae_xla.models.functional import Tensors, buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import ClassifierRecipe
 from rae_xla.runtime import Runtime
@@ -37,11 +37,11 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         value = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         return value, {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
-    def export(state: dict[str, Any]) -> dict[str, Tensor]:
+    def export(ema: Tensors) -> Tensors:
         if isinstance(module, EncoderClassifier):
             prefix = "encoder."
-            return {k.removeprefix(prefix): v for k, v in state["ema"].items() if k.startswith(prefix)}
-        return dict(state["ema"])
+            return {name.removeprefix(prefix): value for name, value in ema.items() if name.startswith(prefix)}
+        return ema
 
     return TrainingTask(
         name="encoder" if isinstance(module, EncoderClassifier) else "judge",

@@ -59,7 +59,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
-        export=lambda state: {**module.state_dict(), **state["ema"]},
+        export=lambda ema: {**module.state_dict(), **ema},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
             **recipe.paths(

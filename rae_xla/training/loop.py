@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from rae_xla import __version__, storage
 from rae_xla.data.loader import TrainingBatches
 from rae_xla.data.sources import ImageSet
+from rae_xla.models.functional import Tensors, unstack_blocks
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
@@ -34,8 +33,8 @@ class TrainingTask:
     state: dict[str, Any]
     frozen: dict[str, Any]
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
-    export: Callable[[dict[str, Any]], dict[str, Tensor]]
-    """EMA weights and whatever else the model needs, from a state on the host."""
+    export: Callable[[Tensors], Tensors]
+    """From the averaged weights by their names in the module, on the host, to what the file of weights holds."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Files that decide the result besides the recipe: recipe key to path."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -80,7 +79,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
             _save(directory, step, state, recipe.checkpoint.keep, runtime)
     log.close()
 
-    weights = task.export(runtime.to_host(state))
+    weights = task.export(unstack_blocks(runtime.to_host(state["ema"])))
     report = {
         "task": recipe.task,
         "name": task.name,

@@ -46,3 +46,26 @@ class Mesh:
     def mark(self, tensor: Tensor, partition: Partition) -> None:
         """Tell the compiler where an intermediate or a result is to lie."""
         xs.mark_sharding(tensor, self.devices, partition)
+
+    def marked(self, tensor: Tensor, partition: Partition) -> Tensor:
+        """The same values where `mark` says, and their gradient too."""
+        marked: Tensor = _Marked.apply(tensor, self, partition)
+        return marked
+
+
+class _Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: Mesh, partition: Partition) -> Tensor:
+        ctx.where = mesh, partition
+        return _copy_at(tensor, mesh, partition)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _copy_at(gradient, *ctx.where), None, None
+
+
+def _copy_at(tensor: Tensor, mesh: Mesh, partition: Partition) -> Tensor:
+    # A mark is put on a tensor in place, and the caller's own may be an input of the step.
+    copy = tensor * 1
+    mesh.mark(copy, partition)
+    return copy

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import torch
 import torch_xla
 import torch_xla.backends
+import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from rae_xla.errors import UserError
 from rae_xla.runtime import MeshConfig, Precision, Tree, compute_dtype
-from rae_xla.xla.loop import device_loop
 from rae_xla.xla.mesh import Mesh
+from rae_xla.xla.scan import device_scan
 from rae_xla.xla.step import CompiledStep
 
 
@@ -36,7 +37,7 @@ class XLARuntime:
             )
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
-        self.loop = device_loop
+        self.scan = device_scan
         self._mesh = Mesh(mesh.shape_for(self.num_devices))
         self._device = torch_xla.device()
         # A TPU multiplies float32 in bfloat16 unless told otherwise; global to the process.
@@ -69,6 +70,17 @@ class XLARuntime:
     def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
         """See `Runtime`."""
         return CompiledStep(function, name, self.keep_sharding)
+
+    def barrier(self, tensors: list[Tensor]) -> list[Tensor]:
+        """See `Runtime`."""
+        # In place: on copies, or the step's inputs would count as changed.
+        copies = [tensor.clone() for tensor in tensors]
+        xm.optimization_barrier_(copies)
+        return copies
+
+    def split_batch(self, tensor: Tensor) -> Tensor:
+        """See `Runtime`."""
+        return self._mesh.marked(tensor, self._mesh.batch_partition(tensor))
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""

@@ -28,7 +28,7 @@ from rae_xla.models.convert.keys import (
 from rae_xla.models.decoder import Decoder
 from rae_xla.models.dit import DiT
 from rae_xla.models.dit_dh import DiTDH
-from rae_xla.models.layers import RotaryEmbedding2D, sincos_positions
+from rae_xla.models.layers import rotary_angles, sincos_positions
 
 Kind = Literal["dit_dh", "dit", "decoder", "latent_stats"]
 
@@ -106,8 +106,8 @@ def layout_of(model: DiT | DiTDH | Decoder) -> Layout:
     if isinstance(model, Decoder):
         return Layout(kind="decoder", grid=grid)
     if isinstance(model, DiT):
-        return Layout(kind="dit", grid=grid, head_widths=(model.rotary.cos.shape[1],))
-    head_widths = (model.backbone_rotary.cos.shape[1], model.head_rotary.cos.shape[1])
+        return Layout(kind="dit", grid=grid, head_widths=(model.rotary.shape[2],))
+    head_widths = (model.backbone_rotary.shape[2], model.head_rotary.shape[2])
     return Layout(kind="dit_dh", grid=grid, head_widths=head_widths)
 
 
@@ -255,9 +255,9 @@ def _dit_tables(width: int, layout: Layout) -> dict[str, Tensor]:
     tables = {"pos_embed": sincos_positions(width, layout.grid)[None]}
     prefixes = ("",) if layout.kind == "dit" else ("enc_", "dec_")
     for prefix, head_width in zip(prefixes, layout.head_widths, strict=True):
-        rotary = RotaryEmbedding2D(head_width, layout.grid)
-        tables[f"{prefix}feat_rope.freqs_cos"] = rotary.cos
-        tables[f"{prefix}feat_rope.freqs_sin"] = rotary.sin
+        cos, sin = rotary_angles(head_width, layout.grid)
+        tables[f"{prefix}feat_rope.freqs_cos"] = cos
+        tables[f"{prefix}feat_rope.freqs_sin"] = sin
     return tables
 
 
