@@ -20,6 +20,7 @@ from rae_xla.models.classifier import ConvNetConfig
 from rae_xla.models.diffusion import DiffusionModelConfig
 from rae_xla.models.encoders import EncoderConfig
 from rae_xla.runtime import MeshConfig, Precision
+from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig
 from rae_xla.training.metrics import LogConfig
 from rae_xla.training.optimizer import OptimizerConfig
@@ -60,6 +61,7 @@ class TrainingRecipe(RunRecipe):
     """What every training has."""
 
     train: OptimizerConfig
+    compute: ComputeConfig = ComputeConfig()
     log: LogConfig = LogConfig()
     checkpoint: CheckpointConfig
 

@@ -94,7 +94,7 @@ class Runtime(Protocol):
         """
 
     def barrier(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The same values, which the compiler neither takes from elsewhere nor computes before all of them are there."""
+        """The same values, which the compiler does not know to be the same, and has only when it has all of them."""
 
     def split_batch(self, tensor: Tensor) -> Tensor:
         """The same values, and word to the compiler that the first dimension lies like a batch's; with gradients."""

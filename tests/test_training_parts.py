@@ -20,6 +20,7 @@ from rae_xla.recipe import LatentNoiseConfig, load_recipe
 from rae_xla.runtime import MeshConfig, create
 from rae_xla.training import checkpoint
 from rae_xla.training.autoencoder import latent_noise
+from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 from rae_xla.training.tasks import train
@@ -161,7 +162,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
         return (model(batch["x"]) - 1).square().mean(), {}
 
     runtime = create(where, MeshConfig(), "fp32")
-    step = runtime.compile(make_update(module, loss, config, 10.0, torch.float32), "update")
+    step = runtime.compile(make_update(module, loss, config, ComputeConfig(), 10.0, runtime), "update")
     state, frozen = runtime.place_state(initial_state(module)), runtime.place_state({"buffers": {}})
     states, metrics = [], []
     for value in (1.0, float("nan"), float("inf"), 2.0):

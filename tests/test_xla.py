@@ -58,10 +58,10 @@ def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
         def program(state, frozen, batch):
             def body(x, row, given):
                 moved = (x @ given["weight"]).sin() * row[0] + 0.25 * row[1]
-                return moved + given["table"][given["labels"]]
+                return moved + given["table"][given["labels"]], ()
 
             given = {**frozen, "labels": batch["labels"]}
-            return state, {"x": where.loop(body, batch["x"], frozen["rows"], given)}
+            return state, {"x": where.scan(body, batch["x"], frozen["rows"], given)[0]}
 
         step = where.compile(program, "loop")
         outputs = []
@@ -80,9 +80,9 @@ def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
 def test_a_loop_body_that_closes_over_a_tensor_is_refused(runtime: Runtime) -> None:
     def program(state, frozen, batch):
         def body(x, row, given):
-            return x + row * batch["other"]
+            return x + row * batch["other"], ()
 
-        return state, {"x": runtime.loop(body, batch["x"], batch["rows"], ())}
+        return state, {"x": runtime.scan(body, batch["x"], batch["rows"], ())[0]}
 
     batch = {"x": torch.ones(2, 3), "other": torch.ones(2, 3), "rows": torch.ones(4, 3)}
     with pytest.raises(RuntimeError, match=r"reads a tensor \[2, 3\] that it was not handed"):

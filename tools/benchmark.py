@@ -49,8 +49,9 @@ def step_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """``lazy_ms engine_ms ratio compilations_after_warmup host_syncs_per_step``."""
     from rae_xla.benchmarks.overhead import step_overhead as measured
     from rae_xla.runtime import MeshConfig
+    from rae_xla.training.blocks import ComputeConfig
 
-    result = measured(arguments.model, MeshConfig(), num_steps=200, num_lazy_steps=10)
+    result = measured(arguments.model, MeshConfig(), ComputeConfig(), num_steps=200, num_lazy_steps=10)
     print(f"{result['model']}, {result['tensors']} tensors, {result['num_devices']} devices; host time per step:")
     print(f"traced lazily every step {result['lazy_ms']:.1f} ms, traced once and replayed {result['engine_ms']:.2f} ms")
     print(f"ratio {result['ratio']:.0f}; over {result['steps']} replayed steps with a changing learning rate")

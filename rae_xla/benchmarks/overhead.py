@@ -19,6 +19,7 @@ from rae_xla.models.dit_dh import DIT_DH_SIZES, DiTDHConfig
 from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.runtime import MeshConfig, create
+from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.update import initial_state, make_update
 
@@ -39,7 +40,9 @@ def narrowed(name: str) -> DiTDHConfig:
     return DiTDHConfig.model_validate({"name": name, **sizes})
 
 
-def step_overhead(name: str, mesh: MeshConfig, num_steps: int, num_lazy_steps: int) -> dict[str, Any]:
+def step_overhead(
+    name: str, mesh: MeshConfig, compute: ComputeConfig, num_steps: int, num_lazy_steps: int
+) -> dict[str, Any]:
     """Median host milliseconds per step of both ways, and what the replayed steps compiled and fetched meanwhile.
 
     Each call is timed until it returns; the wait for the device and the next batch are outside.
@@ -56,7 +59,7 @@ def step_overhead(name: str, mesh: MeshConfig, num_steps: int, num_lazy_steps: i
         predicted = model(interpolate(batch["x"], batch["noise"], batch["t"]), batch["t"], batch["labels"])
         return flow_matching_loss(predicted, batch["x"], batch["noise"]).mean(), {}
 
-    update = make_update(module, loss, optimizer, float(num_steps), torch.float32)
+    update = make_update(module, loss, optimizer, compute, float(num_steps), runtime)
     frozen = runtime.place_state({"buffers": buffers_of(module)})
 
     def batch(index: int) -> Any:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 RunBlocks = Callable[[nn.Module, dict[str, Tensor], Tensor, tuple[Tensor, ...]], Tensor]
-"""(block, values, x, shared) -> x after all blocks: ``block`` gives the architecture, ``values`` its parameters by name,
-those of all blocks stacked along a new first dimension."""
+"""(block, values, x, shared) -> x after all blocks.
+
+``block`` gives the architecture, ``values`` its parameters by name, those of all blocks stacked along a new first
+dimension."""
 
 
 class Blocks(nn.ModuleList):

@@ -29,8 +29,8 @@ from rae_xla.config import Config
 from rae_xla.errors import UserError
 from rae_xla.models.convert.encoders import features_only, is_port, timm_from_port
 from rae_xla.models.convert.files import read_weight_file
-from rae_xla.models.loading import assign_weights, on_meta
 from rae_xla.models.layers import LayerNorm
+from rae_xla.models.loading import assign_weights, on_meta
 from rae_xla.models.resize import resize_bicubic
 
 
@@ -209,7 +209,7 @@ def _compute_norms_in_float32(backbone: nn.Module) -> None:
         for name, norm in list(parent.named_children()):
             if isinstance(norm, nn.LayerNorm):
                 affine = norm.elementwise_affine
-                setattr(parent, name, LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=affine))
+                setattr(parent, name, LayerNorm(list(norm.normalized_shape), eps=norm.eps, elementwise_affine=affine))
 
 
 def load_encoder(config: EncoderConfig, path: str, key: str) -> Encoder:

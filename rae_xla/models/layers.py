@@ -90,7 +90,7 @@ def rotary_angles(head_width: int, grid: int, theta: float = 10000.0) -> Tensor:
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """[B, H, N, K] -> [B, H, N, K], same dtype, channels turned in neighbouring pairs (2i, 2i + 1) by `rotary_angles`."""
+    """[B, H, N, K] -> [B, H, N, K], same dtype: channels (2i, 2i + 1) turned as a pair by `rotary_angles`."""
     cos, sin = rotary
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((-odd, even), dim=-1).flatten(-2)

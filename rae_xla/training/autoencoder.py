@@ -49,7 +49,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         num_steps=total_steps(recipe.train, steps_per_epoch),
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
-        update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
+        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
         export=lambda ema: {name.removeprefix("decoder."): value for name, value in ema.items()},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

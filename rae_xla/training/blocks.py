@@ -1,8 +1,8 @@
-"""How a stack of alike blocks runs in training: one after the other or as a scan, and what is kept for the backward pass.
+"""How alike blocks run in training: one after the other or as a scan, and what is kept for the backward pass.
 
 The backward pass of a block needs what its forward pass computed. ``none`` keeps it, ``block`` keeps the block's input
-and computes the rest again (arXiv 1604.06174), ``matmuls`` also keeps the outputs of matrix products, the dear part, and
-computes again what is cheap: norms, softmaxes, activations.
+and computes the rest again (arXiv 1604.06174), ``matmuls`` also keeps the outputs of matrix products, the dear part,
+and computes again what is cheap: norms, softmaxes, activations.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
 
         x = runtime.split_batch(x)
         if config.blocks == "scan":
-            return _Scanned.apply(function, _KEEPERS[config.remat](), runtime, len(shared), x, *shared, *values.values())
+            return _Scanned.apply(
+                function, _KEEPERS[config.remat](), runtime, len(shared), x, *shared, *values.values()
+            )
         for own in zip(*[value.unbind(0) for value in values.values()], strict=True):
             if config.remat == "none":
                 x = function(x, *shared, *own)

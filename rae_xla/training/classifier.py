@@ -49,6 +49,6 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         num_steps=total_steps(recipe.train, steps_per_epoch),
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
-        update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
+        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
         export=export,
     )

@@ -58,7 +58,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         num_steps=total_steps(recipe.train, steps_per_epoch),
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
-        update=make_update(module, loss, recipe.train, steps_per_epoch, runtime.compute_dtype),
+        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
         export=lambda ema: {**module.state_dict(), **ema},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

@@ -22,7 +22,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up from zero, constant, then decay to ``final_learning_rate``.
 
-    Lengths are in epochs of the training split. ``clip_norm: null`` does not clip.
+    Lengths are in epochs of the training split. ``clip_norm: null`` does not clip. ``ema_warmup``: see `decay_at`.
     """
 
     num_epochs: float = Field(gt=0)
@@ -35,6 +35,7 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
     ema_decay: float = Field(ge=0, lt=1)
+    ema_warmup: bool = False
 
 
 def learning_rate_at(step: Tensor, config: OptimizerConfig, steps_per_epoch: float) -> Tensor:

@@ -10,6 +10,7 @@ from rae_xla.training.autoencoder import autoencoder_task
 from rae_xla.training.classifier import classifier_task
 from rae_xla.training.diffusion import diffusion_task
 from rae_xla.training.loop import TrainingTask, run_training
+from rae_xla.training.update import check_microbatches
 
 TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
 
@@ -17,6 +18,7 @@ TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
 def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
     """Run a training recipe to its end and return its report; what it reads is checked before anything is written."""
     check_batch_size(recipe.data.batch_size, runtime, "data.batch_size")
+    check_microbatches(recipe, runtime)
     return run_training(_task(recipe, runtime), recipe, runtime)
 
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from rae_xla.errors import UserError
 from rae_xla.models.functional import Tensors, call, parameters_of
-from rae_xla.training.ema import update_ema
+from rae_xla.recipe import TrainingRecipe
+from rae_xla.runtime import Runtime
+from rae_xla.training.blocks import ComputeConfig, make_run_blocks
+from rae_xla.training.ema import decay_at, update_ema
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 
 Loss = Callable[[Callable[..., Tensor], Any, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-"""(model, frozen, batch) -> (scalar loss, metrics); ``model`` is called like the module."""
+"""(model, frozen, batch) -> (scalar loss, metrics), means over the batch; ``model`` is called like the module. What it
+reads of other tensors it takes from ``frozen`` and ``batch``."""
+Update = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""(state, frozen, batch) -> (state, metrics)"""
 
 
 def initial_state(module: nn.Module) -> dict[str, Any]:
@@ -30,42 +39,63 @@ def initial_state(module: nn.Module) -> dict[str, Any]:
 
 
 def make_update(
-    module: nn.Module, loss: Loss, config: OptimizerConfig, steps_per_epoch: float, compute_dtype: torch.dtype
-) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
-    """``(state, frozen, batch) -> (state, metrics)``.
+    module: nn.Module,
+    loss: Loss,
+    config: OptimizerConfig,
+    compute: ComputeConfig,
+    steps_per_epoch: float,
+    runtime: Runtime,
+) -> Update:
+    """One step of AdamW on the mean loss of a batch.
 
     ``module`` gives the architecture only; its values come from ``state`` and its buffers from ``frozen["buffers"]``.
-    Parameters, gradients, moments and EMA are float32; the model computes in ``compute_dtype``. A step whose loss or
+    Parameters, gradients, moments and EMA are float32; the model computes in the runtime's dtype. A step whose loss or
     gradient is not finite changes nothing but the step counter and the count of such steps, and the host need not know.
     """
+    num_parts = compute.num_microbatches
+    run_blocks = make_run_blocks(compute, runtime)
+
+    def gradients_of(parameters: Tensors, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+
+        def model(*arguments: Tensor) -> Tensor:
+            values = {**frozen["buffers"], **leaves}
+            return call(module, values, runtime.compute_dtype, *arguments, run_blocks=run_blocks)
+
+        with torch.enable_grad():
+            value, metrics = loss(model, frozen, batch)
+        gradients = torch.autograd.grad(value, list(leaves.values()))
+        measured = {"loss": value, **metrics}
+        return dict(zip(leaves, gradients, strict=True)), {name: m.detach() for name, m in measured.items()}
+
+    def mean_gradients_of(parameters: Tensors, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
+        if num_parts == 1:
+            return gradients_of(parameters, frozen, batch)
+
+        def add_part(sums: Tensors, part: dict[str, Tensor], given: Any) -> tuple[Tensors, Tensors]:
+            parameters, frozen = given
+            gradients, metrics = gradients_of(parameters, frozen, part)
+            return tree_map(operator.add, sums, gradients), metrics
+
+        zeros = {name: torch.zeros_like(value) for name, value in parameters.items()}
+        parts = {name: split_in_parts(value, num_parts) for name, value in batch.items()}
+        sums, metrics = runtime.scan(add_part, zeros, parts, (parameters, frozen))
+        means = {name: values.mean(dim=0) for name, values in metrics.items()}
+        return {name: value / num_parts for name, value in sums.items()}, means
 
     def update(
         state: dict[str, Any], frozen: dict[str, Any], batch: dict[str, Tensor]
     ) -> tuple[dict[str, Any], Tensors]:
-        leaves = {name: value.detach().requires_grad_() for name, value in state["parameters"].items()}
-
-        def model(*arguments: Tensor) -> Tensor:
-            return call(module, {**frozen["buffers"], **leaves}, compute_dtype, *arguments)
-
-        with torch.enable_grad():
-            value, metrics = loss(model, frozen, batch)
-        gradients = dict(zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True))
+        gradients, metrics = mean_gradients_of(state["parameters"], frozen, batch)
         with torch.no_grad():
             gradients, norm = clip_by_global_norm(gradients, config.clip_norm)
             rate = learning_rate_at(state["step"], config, steps_per_epoch)
-            parameters, first, second = adamw(
-                state["parameters"],
-                gradients,
-                state["first_moments"],
-                state["second_moments"],
-                state["step"],
-                rate,
-                config,
-            )
-            finite = value.isfinite() & norm.isfinite()
+            moments = state["first_moments"], state["second_moments"]
+            parameters, first, second = adamw(state["parameters"], gradients, *moments, state["step"], rate, config)
+            finite = metrics["loss"].isfinite() & norm.isfinite()
             updated = {
                 "parameters": parameters,
-                "ema": update_ema(state["ema"], parameters, config.ema_decay),
+                "ema": update_ema(state["ema"], parameters, decay_at(state["step"], config)),
                 "first_moments": first,
                 "second_moments": second,
             }
@@ -77,9 +107,26 @@ def make_update(
                 "step": state["step"] + 1,
                 "skipped": state["skipped"] + (~finite).to(torch.int32),
             }
-        metrics = {"loss": value, **metrics, "gradient_norm": norm, "learning_rate": rate}
-        # As another tensor than the state's own, which the next step consumes before this is read.
-        metrics["skipped_updates"] = new_state["skipped"].float()
-        return new_state, {name: metric.detach() for name, metric in metrics.items()}
+            # Skipped updates as another tensor than the state's own, which the next step consumes before this is read.
+            skipped = new_state["skipped"].float()
+        return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, "skipped_updates": skipped}
 
     return update
+
+
+def split_in_parts(tensor: Tensor, num_parts: int) -> Tensor:
+    """[B, ...] -> [num_parts, B / num_parts, ...]; part i is rows i, i + num_parts, ...
+
+    Strided, so that each device has a share of every part without moving a row.
+    """
+    return tensor.unflatten(0, (-1, num_parts)).transpose(0, 1)
+
+
+def check_microbatches(recipe: TrainingRecipe, runtime: Runtime) -> None:
+    """Raises a `UserError` if the parts of the batch are not equal, or do not divide over the devices."""
+    parts, batch_size, devices = recipe.compute.num_microbatches, recipe.data.batch_size, runtime.num_devices
+    if batch_size % (parts * devices):
+        raise UserError(
+            f"compute.num_microbatches: data.batch_size {batch_size} does not divide into {parts} parts for "
+            f"{devices} devices; use a batch_size that is a multiple of {parts * devices}"
+        )

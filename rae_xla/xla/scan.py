@@ -2,8 +2,8 @@
 
 Unrolled, 49 evaluations of a transformer take XLA many minutes to compile; as a loop the body compiles once.
 `torch_xla.experimental.scan` imports jax and counts in 64 bits, which a TPU emulates in pairs of words, after which the
-compiler no longer knows the trip count. This one counts in 32 bits. Gradients are the caller's business: a backward pass
-is another scan, see `rae_xla.training.blocks`.
+compiler no longer knows the trip count. This one counts in 32 bits. Gradients are the caller's business: a backward
+pass is another scan, see `rae_xla.training.blocks`.
 """
 
 from __future__ import annotations
@@ -112,4 +112,3 @@ def _with_row(tensor: xb.Op, row: xb.Op, index: xb.Op) -> xb.Op:
 def _starts(tensor: xb.Op, index: xb.Op) -> list[xb.Op]:
     zero = xb.Op.scalar(index.builder(), 0, dtype=xb.Type.S32)
     return [index] + [zero] * (tensor.shape().rank - 1)
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +17,21 @@ import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch_xla._dynamo.dynamo_bridge import extract_internal
 
 logger = logging.getLogger(__name__)
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+# The host may start so many steps before the first of them is done.
+STEPS_IN_FLIGHT = 2
 
 
 class CompiledStep:
     """Calls ``function(state, frozen, batch) -> (state, outputs)`` as one XLA program.
 
     The state's buffers are donated: after a call the old state is gone. The new state keeps the old one's sharding.
-    Shapes, types and shardings of all inputs are fixed by the first call.
+    Structure, shapes, types and shardings of all inputs are fixed by the first call.
     """
 
     def __init__(self, function: Step, name: str, keep_sharding: Callable[[Tensor, Tensor], None]) -> None:
@@ -37,43 +40,56 @@ class CompiledStep:
         self._function = function
         self._keep_sharding = keep_sharding
         self._replay: Callable[..., Any] | None = None
-        self._inputs: list[tuple[str, torch.Size, torch.dtype]] = []
+        self._traced: _Inputs | None = None
+        self._num_state = 0
         self._output_spec: Any = None
+        # Tensors that need no check again: the last call's inputs, but the state that it returned.
+        self._known: list[Tensor] = []
+        # Destroying a donated buffer waits for the step that consumes it (torch_xla 2.9 on the CPU), and a host that
+        # waits for each step never runs ahead. Consumed states hold no memory and are dropped when their step is over.
+        self._consumed: deque[list[Tensor]] = deque(maxlen=STEPS_IN_FLIGHT)
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
         """One step.
 
         Raises:
-            RuntimeError: an input differs from the first call's, or something was compiled again.
+            RuntimeError: structure, shape, type or sharding of an input differs from the first call's; names the input.
         """
-        tensors, input_spec = tree_flatten((state, frozen, batch))
-        if self._replay is None:
-            self._trace(state, frozen, batch, tensors, input_spec)
-            assert self._replay is not None
-            results = self._replay(*tensors)
+        inputs = {"state": state, "frozen": frozen, "batch": batch}
+        tensors, spec = tree_flatten(inputs)
+        first = self._traced is None
+        if self._traced is None:
+            self._traced = _Inputs(inputs)
+            self._trace(tensors, spec)
         else:
-            self._check_inputs(state, frozen, batch, tensors)
-            compiled_before = num_compilations()
-            results = self._replay(*tensors)
-            if num_compilations() != compiled_before:
-                raise RuntimeError(
-                    f"{self.name}: compiled again after the first step; the sharding of an input changed"
-                )
-        return tree_unflatten([results] if isinstance(results, Tensor) else list(results), self._output_spec)
+            self._traced.check(self.name, inputs, tensors, spec, self._known)
+        assert self._replay is not None
+        compiled_before = num_compilations()
+        results = self._replay(*tensors)
+        results = [results] if isinstance(results, Tensor) else list(results)
+        if num_compilations() != compiled_before:
+            raise RuntimeError(f"{self.name}: compiled again although its inputs are those that it was traced with")
+        if first:
+            # The next call takes this state without looking.
+            self._traced.check_shardings(self.name, results[: self._num_state])
+        self._known = [*results[: self._num_state], *tensors[self._num_state :]]
+        self._consumed.append(tensors[: self._num_state])
+        new_state, outputs = tree_unflatten(results, self._output_spec)
+        return new_state, outputs
 
-    def _trace(self, state: Any, frozen: Any, batch: Any, tensors: list[Tensor], input_spec: Any) -> None:
+    def _trace(self, tensors: list[Tensor], spec: Any) -> None:
         start = time.perf_counter()
         torch_xla.sync()
         xm.wait_device_ops()
-        paths, _ = tree_flatten_with_path((state, frozen, batch))
-        self._inputs = [(_input_name(path), t.shape, t.dtype) for path, t in paths]
-        num_state = len(tree_flatten(state)[0])
+        # The order of the leaves is that of the keys: state, frozen, batch.
+        num_state = self._num_state = spec.children_specs[0].num_leaves
 
         def traced(*arguments: Tensor) -> list[Tensor]:
             for tensor in arguments[:num_state]:
                 torch.ops.xla.dynamo_set_buffer_donor_(tensor, True)
-            new_state, outputs = self._function(*tree_unflatten(list(arguments), input_spec))
-            results, self._output_spec = tree_flatten((new_state, outputs))
+            given = tree_unflatten(list(arguments), spec)
+            new_state_and_outputs = self._function(given["state"], given["frozen"], given["batch"])
+            results, self._output_spec = tree_flatten(new_state_and_outputs)
             for old, new in zip(arguments[:num_state], results[:num_state], strict=True):
                 self._keep_sharding(old, new)
             return results
@@ -82,14 +98,41 @@ class CompiledStep:
         self.compile_seconds = time.perf_counter() - start
         logger.info("%s: traced and compiled in %.1f s", self.name, self.compile_seconds)
 
-    def _check_inputs(self, state: Any, frozen: Any, batch: Any, tensors: list[Tensor]) -> None:
-        if len(tensors) != len(self._inputs):
-            raise RuntimeError(f"{self.name}: {len(tensors)} inputs, but it was traced with {len(self._inputs)}")
-        for tensor, (name, shape, dtype) in zip(tensors, self._inputs, strict=True):
+
+class _Inputs:
+    """What a step was traced with."""
+
+    def __init__(self, inputs: Any) -> None:
+        leaves, self._spec = tree_flatten_with_path(inputs)
+        self._names = [_name(path) for path, _ in leaves]
+        tensors = [tensor for _, tensor in leaves]
+        self._kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self._shardings = _shardings(tensors)
+
+    def check(self, step: str, inputs: Any, tensors: list[Tensor], spec: Any, known: list[Tensor]) -> None:
+        """Raises a RuntimeError that names what differs; tensors that are those in ``known`` do not."""
+        if spec != self._spec:
+            names = {_name(path) for path, _ in tree_flatten_with_path(inputs)[0]}
+            different = sorted(names.symmetric_difference(self._names)) or ["the order of the inputs"]
+            raise RuntimeError(f"{step}: {different[0]} was not the same when this was traced")
+        for index, (tensor, last) in enumerate(zip(tensors, known, strict=True)):
+            if tensor is last:
+                continue
+            shape, dtype = self._kinds[index]
             if tensor.shape != shape or tensor.dtype != dtype:
-                raise RuntimeError(
-                    f"{self.name}: {name} is {tensor.dtype} {list(tensor.shape)}, traced as {dtype} {list(shape)}"
-                )
+                found, traced = f"{tensor.dtype} {list(tensor.shape)}", f"{dtype} {list(shape)}"
+                raise RuntimeError(f"{step}: {self._names[index]} is {found}, traced as {traced}")
+            self._check_sharding(step, index, _shardings([tensor])[0])
+
+    def check_shardings(self, step: str, tensors: list[Tensor]) -> None:
+        """Raises a RuntimeError if the first inputs' shardings are not those of ``tensors``."""
+        for index, sharding in enumerate(_shardings(tensors)):
+            self._check_sharding(step, index, sharding)
+
+    def _check_sharding(self, step: str, index: int, sharding: str) -> None:
+        if sharding != self._shardings[index]:
+            found, traced = sharding or "not sharded", self._shardings[index] or "not sharded"
+            raise RuntimeError(f"{step}: {self._names[index]} lies as {found}, traced as {traced}")
 
 
 class _Traceable:
@@ -106,8 +149,12 @@ class _Traceable:
         return []
 
 
-def _input_name(path: Any) -> str:
-    return ("state", "frozen", "batch")[path[0].idx] + "".join(str(key) for key in path[1:])
+def _name(path: Any) -> str:
+    return f"{path[0].key}{keystr(path[1:])}"
+
+
+def _shardings(tensors: list[Tensor]) -> list[str]:
+    return torch_xla._XLAC._get_xla_sharding_specs(tensors)
 
 
 def num_compilations() -> int:
