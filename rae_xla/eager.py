@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from rae_xla.runtime import MeshConfig, Precision, ScanBody, Tree, compute_dtype
+from rae_xla.runtime import Precision, ScanBody, Tree, compute_dtype
+from rae_xla.sharding import MeshConfig, Sharding
 
 
 class EagerRuntime:
@@ -22,7 +23,7 @@ class EagerRuntime:
     num_processes = 1
 
     def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
-        mesh.shape_for(self.num_devices)
+        self.sharding = Sharding(mesh.shape_for(self.num_devices), mesh.rules)
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -37,13 +38,18 @@ class EagerRuntime:
             "torch": torch.__version__,
         }
 
-    def place_state(self, tree: Tree) -> Tree:
+    def place_state(self, state: Tree) -> Tree:
         """See `Runtime`. Copies, so that the host's tensors stay as they are."""
+        self.sharding.check_rules(state.get("parameters", ()))
+        return self.place_frozen(state)
+
+    def place_frozen(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
         return tree_map_only(Tensor, lambda tensor: tensor.detach().clone().to(self._device), tree)
 
     def place_batch(self, tree: Tree) -> Tree:
         """See `Runtime`."""
-        return self.place_state(tree)
+        return self.place_frozen(tree)
 
     def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> EagerStep:
         """See `Runtime`."""

@@ -12,44 +12,15 @@ from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from rae_xla.config import Config
 from rae_xla.errors import UserError
+from rae_xla.sharding import MeshConfig, Sharding
 
 Tree = Any
 ScanBody = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 """(carry, row, invariants) -> (carry, output)"""
 Precision = Literal["fp32", "fp32_highest", "bf16"]
-
-
-class MeshConfig(Config):
-    """How the devices are arranged. The batch is split over both axes, parameters over ``fsdp``.
-
-    ``data: -1`` takes all devices that ``fsdp`` leaves.
-    """
-
-    data: int = -1
-    fsdp: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _positive(self) -> MeshConfig:
-        if self.data != -1 and self.data < 1:
-            raise ValueError(f"data is a number of devices or -1 for all that are left, got {self.data}")
-        return self
-
-    def shape_for(self, num_devices: int) -> tuple[int, int]:
-        """(data, fsdp) on this many devices.
-
-        Raises:
-            UserError: the axes do not multiply to the number of devices.
-        """
-        data = num_devices // self.fsdp if self.data == -1 else self.data
-        if data * self.fsdp != num_devices:
-            wanted = f"data: {self.data}, fsdp: {self.fsdp}"
-            raise UserError(f"mesh: {wanted} does not fit {num_devices} devices; data * fsdp must equal {num_devices}")
-        return data, self.fsdp
 
 
 class CompiledStep(Protocol):
@@ -70,12 +41,20 @@ class Runtime(Protocol):
     process_index: int
     num_processes: int
     compute_dtype: torch.dtype
+    sharding: Sharding
 
     def describe(self) -> dict[str, Any]:
         """Devices, mesh, precision in effect and versions, for logs and manifests."""
 
-    def place_state(self, tree: Tree) -> Tree:
-        """Host tensors onto the devices: large ones split over the ``fsdp`` axis, the others whole everywhere."""
+    def place_state(self, state: Tree) -> Tree:
+        """A training state from the host onto the devices, split as `Sharding.of_state` says.
+
+        Raises:
+            UserError: a sharding rule does not fit its parameters.
+        """
+
+    def place_frozen(self, tree: Tree) -> Tree:
+        """Tensors that no step changes onto the devices, split by the automatic rule."""
 
     def place_batch(self, tree: Tree) -> Tree:
         """This process's part of a batch onto its devices, split over the mesh along the first dimension."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rae_xla.runtime import MeshConfig, create
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 

@@ -18,7 +18,8 @@ from rae_xla.config import apply_overrides
 from rae_xla.eager import EagerRuntime
 from rae_xla.errors import UserError
 from rae_xla.recipe import load_recipe
-from rae_xla.runtime import MeshConfig, create
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
 from rae_xla.training.tasks import train
 
 DIFFUSION = "recipes/quickstart/diffusion.yaml"

@@ -21,7 +21,8 @@ from rae_xla.models.dit import DiTConfig
 from rae_xla.models.dit_dh import DiTDHConfig
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import load_weights
-from rae_xla.runtime import MeshConfig, Runtime, create
+from rae_xla.runtime import Runtime, create
+from rae_xla.sharding import MeshConfig
 
 NUM_CLASSES = 10
 HEAD = {"head_width": 64, "head_depth": 2, "head_num_heads": 2}
@@ -63,7 +64,7 @@ def compute(
         with torch.no_grad():
             return state, {"result": function(frozen, batch)}
 
-    _, outputs = runtime.compile(step, "case")({}, runtime.place_state(frozen), runtime.place_batch(batch))
+    _, outputs = runtime.compile(step, "case")({}, runtime.place_frozen(frozen), runtime.place_batch(batch))
     return runtime.to_host(outputs)["result"]
 
 

@@ -16,7 +16,8 @@ from rae_xla.data.transforms import to_unit
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.models.autoencoder import STATS_EPS, load_latent_encoder
 from rae_xla.recipe import load_recipe
-from rae_xla.runtime import MeshConfig, create
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.tasks import train
 

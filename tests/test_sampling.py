@@ -25,7 +25,8 @@ from rae_xla.models.dit_dh import DiTDHConfig
 from rae_xla.models.encoders import Encoder
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import load_recipe
-from rae_xla.runtime import MeshConfig, create
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
 
 ENCODER = {"name": "timm_vit", "timm_model": "vit_tiny_patch16_224", "input_size": 32, "patch_size": 8}
 ENCODER |= {"width": 24, "depth": 1, "num_heads": 2}

@@ -17,7 +17,8 @@ from rae_xla.errors import UserError
 from rae_xla.evaluation.distances import frechet_distance, identical_images, nearest_neighbour_distances
 from rae_xla.evaluation.latent_stats import Moments
 from rae_xla.recipe import LatentNoiseConfig, load_recipe
-from rae_xla.runtime import MeshConfig, create
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
 from rae_xla.training import checkpoint
 from rae_xla.training.autoencoder import latent_noise
 from rae_xla.training.blocks import ComputeConfig
@@ -163,7 +164,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
 
     runtime = create(where, MeshConfig(), "fp32")
     step = runtime.compile(make_update(module, loss, config, ComputeConfig(), 10.0, runtime), "update")
-    state, frozen = runtime.place_state(initial_state(module)), runtime.place_state({"buffers": {}})
+    state, frozen = runtime.place_state(initial_state(module)), runtime.place_frozen({"buffers": {}})
     states, metrics = [], []
     for value in (1.0, float("nan"), float("inf"), 2.0):
         state, measured = step(state, frozen, runtime.place_batch({"x": torch.full((4, 3), value)}))

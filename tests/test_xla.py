@@ -8,7 +8,8 @@ import torch
 
 from rae_xla.random import Purpose, normal
 from rae_xla.recipe import load_recipe
-from rae_xla.runtime import MeshConfig, Runtime, create
+from rae_xla.runtime import Runtime, create
+from rae_xla.sharding import MeshConfig
 from rae_xla.training.tasks import train
 
 
@@ -26,7 +27,7 @@ def test_a_step_is_traced_once_and_consumes_its_state(runtime: Runtime) -> None:
 
     step = runtime.compile(accumulate, "accumulate")
     state = runtime.place_state({"sum": torch.zeros(3)})
-    frozen = runtime.place_state({"scale": torch.tensor(2.0)})
+    frozen = runtime.place_frozen({"scale": torch.tensor(2.0)})
     first = state
     for value in range(1, 6):
         batch = runtime.place_batch({"x": torch.full((4, 3), float(value))})
@@ -42,7 +43,7 @@ def test_a_step_is_traced_once_and_consumes_its_state(runtime: Runtime) -> None:
 
 def test_another_shape_is_an_error_that_names_the_input(runtime: Runtime) -> None:
     step = runtime.compile(accumulate, "accumulate")
-    state, frozen = runtime.place_state({"sum": torch.zeros(3)}), runtime.place_state({"scale": torch.tensor(2.0)})
+    state, frozen = runtime.place_state({"sum": torch.zeros(3)}), runtime.place_frozen({"scale": torch.tensor(2.0)})
     state, _ = step(state, frozen, runtime.place_batch({"x": torch.ones(4, 3)}))
     with pytest.raises(RuntimeError, match=r"accumulate: batch\['x'\] is torch.float32 \[5, 3\], traced as .*\[4, 3\]"):
         step(state, frozen, runtime.place_batch({"x": torch.ones(5, 3)}))
@@ -67,7 +68,7 @@ def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
         outputs = []
         # What the body reads is another tensor at every call: the carry, the batch's labels, the weights.
         for value, labels, factor in ((0.5, [0, 1], 1.0), (0.5, [2, 0], 1.0), (0.9, [2, 0], 1.0), (0.9, [2, 0], 2.0)):
-            frozen = where.place_state({"weight": weight * factor, "rows": rows, "table": table})
+            frozen = where.place_frozen({"weight": weight * factor, "rows": rows, "table": table})
             batch = {"x": torch.full((2, 3), value), "labels": torch.tensor(labels, dtype=torch.int32)}
             outputs.append(where.to_host(step({}, frozen, where.place_batch(batch))[1])["x"])
         return torch.stack(outputs)

@@ -48,7 +48,7 @@ def width(arguments: argparse.Namespace) -> dict[str, Any]:
 def step_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """``lazy_ms engine_ms ratio compilations_after_warmup host_syncs_per_step``."""
     from rae_xla.benchmarks.overhead import step_overhead as measured
-    from rae_xla.runtime import MeshConfig
+    from rae_xla.sharding import MeshConfig
     from rae_xla.training.blocks import ComputeConfig
 
     result = measured(arguments.model, MeshConfig(), ComputeConfig(), num_steps=200, num_lazy_steps=10)

@@ -16,11 +16,20 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the report of the run."""
     from rae_xla import runtime
     from rae_xla.recipe import load_recipe
-    from rae_xla.training.tasks import TRAINING_TASKS, train
+    from rae_xla.training.tasks import TRAINING_TASKS, explain_mesh, train
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, *TRAINING_TASKS)
-    return train(recipe, runtime.create(recipe.runtime, recipe.mesh, recipe.precision))
+    where = runtime.create(recipe.runtime, recipe.mesh, recipe.precision)
+    if arguments.explain_mesh:
+        explained = explain_mesh(recipe, where)
+        print(explained)
+        return {"mesh": explained}
+    return train(recipe, where)
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.parser(__doc__))
+    parser = cli.parser(__doc__)
+    parser.add_argument(
+        "--explain-mesh", action="store_true", help="print how every tensor is split and its GiB a chip, and end"
+    )
+    cli.run(main, parser)

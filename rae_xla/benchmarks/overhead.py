@@ -18,7 +18,8 @@ from rae_xla.models.diffusion import create_diffusion_model
 from rae_xla.models.dit_dh import DIT_DH_SIZES, DiTDHConfig
 from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
-from rae_xla.runtime import MeshConfig, create
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.update import initial_state, make_update
@@ -60,7 +61,7 @@ def step_overhead(
         return flow_matching_loss(predicted, batch["x"], batch["noise"]).mean(), {}
 
     update = make_update(module, loss, optimizer, compute, float(num_steps), runtime)
-    frozen = runtime.place_state({"buffers": buffers_of(module)})
+    frozen = runtime.place_frozen({"buffers": buffers_of(module)})
 
     def batch(index: int) -> Any:
         generator = torch.Generator().manual_seed(index)
@@ -93,7 +94,7 @@ def step_overhead(
         }
 
     engine = run(runtime.compile(update, "engine"), num_steps)
-    lazy = run(LazyStep(update, runtime.keep_sharding), num_lazy_steps)
+    lazy = run(LazyStep(update), num_lazy_steps)
     return {
         "model": name,
         "num_devices": runtime.num_devices,

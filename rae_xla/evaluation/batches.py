@@ -40,7 +40,7 @@ def map_batches(
             return state, function(frozen, batch)
 
     compiled = runtime.compile(step, name)
-    placed = runtime.place_state(frozen)
+    placed = runtime.place_frozen(frozen)
     num_rows = len(next(iter(columns.values())))
     logger.info("%s: %d images in batches of %d", name, num_rows, batch_size)
     size = batch_size_for(batch_size, runtime)

@@ -56,10 +56,10 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
             logger.info("%s: already trained to step %d in %s", task.name, start, run_dir)
             return storage.read_json(storage.join(run_dir, REPORT_FILE))
         logger.info("%s: resuming from step %d", task.name, start)
+    # Before anything is written: a sharding rule may not fit.
+    state, frozen = runtime.place_state(state), runtime.place_frozen(task.frozen)
     if runtime.process_index == 0:
         begin_run(recipe, inputs, run_dir)
-
-    state, frozen = runtime.place_state(state), runtime.place_state(task.frozen)
     update = runtime.compile(task.update, task.name)
     batches = TrainingBatches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
     log = MetricsLog(

@@ -6,6 +6,7 @@ from typing import Any
 
 from rae_xla.recipe import AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, TrainingRecipe
 from rae_xla.runtime import Runtime, check_batch_size
+from rae_xla.sharding import explained
 from rae_xla.training.autoencoder import autoencoder_task
 from rae_xla.training.classifier import classifier_task
 from rae_xla.training.diffusion import diffusion_task
@@ -17,12 +18,23 @@ TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
 
 def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
     """Run a training recipe to its end and return its report; what it reads is checked before anything is written."""
-    check_batch_size(recipe.data.batch_size, runtime, "data.batch_size")
-    check_microbatches(recipe, runtime)
     return run_training(_task(recipe, runtime), recipe, runtime)
 
 
+def explain_mesh(recipe: TrainingRecipe, runtime: Runtime) -> str:
+    """How the state and what is frozen would lie on the devices, as a table; nothing is written.
+
+    Raises:
+        UserError: a sharding rule does not fit.
+    """
+    task = _task(recipe, runtime)
+    runtime.sharding.check_rules(task.state["parameters"])
+    return explained(runtime.sharding, task.state, task.frozen)
+
+
 def _task(recipe: TrainingRecipe, runtime: Runtime) -> TrainingTask:
+    check_batch_size(recipe.data.batch_size, runtime, "data.batch_size")
+    check_microbatches(recipe, runtime)
     if isinstance(recipe, ClassifierRecipe):
         return classifier_task(recipe, runtime)
     if isinstance(recipe, AutoencoderRecipe):

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch_xla
 import torch_xla.debug.metrics as xla_metrics
-from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from rae_xla.xla.mesh import keep_sharding
 from rae_xla.xla.step import Step
 
 
 class LazyStep:
     """Calls ``function(state, frozen, batch) -> (state, outputs)`` and lets torch_xla trace, look up and run it."""
 
-    def __init__(self, function: Step, keep_sharding: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, function: Step) -> None:
         self._function = function
-        self._keep_sharding = keep_sharding
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
         """One step, started on the device."""
         new_state, outputs = self._function(state, frozen, batch)
         for old, new in zip(tree_leaves(state), tree_leaves(new_state), strict=True):
-            self._keep_sharding(old, new)
+            keep_sharding(old, new)
         torch_xla.sync()
         return new_state, outputs
 

@@ -1,4 +1,4 @@
-"""The mesh of all devices, axes ``data`` and ``fsdp``, and where on it a tensor lies."""
+"""The mesh of all devices, axes ``data`` and ``fsdp``, and how a tensor is laid out on it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
+import torch_xla.runtime as xr
 from torch import Tensor
 
-AXES = ("data", "fsdp")
-# Splitting a small tensor costs a gather a step and saves nothing.
-SMALLEST_SPLIT = 2**14
-
-Partition = tuple[str | tuple[str, ...] | None, ...]
+from rae_xla.sharding import AXES, MeshConfig, Partition, Sharding
 
 
 class Mesh:
     """Devices in a (data, fsdp) grid."""
 
-    def __init__(self, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        self.devices = xs.Mesh(np.arange(shape[0] * shape[1]), shape, AXES)
-
-    def batch_partition(self, tensor: Tensor) -> Partition:
-        """First dimension over all devices."""
-        return (AXES, *[None] * (tensor.ndim - 1))
-
-    def state_partition(self, tensor: Tensor) -> Partition:
-        """The largest dimension that divides by the ``fsdp`` axis is split over it; small tensors stay whole."""
-        partition: list[str | None] = [None] * tensor.ndim
-        fsdp = self.shape[1]
-        divisible = [dim for dim in range(tensor.ndim) if tensor.shape[dim] % fsdp == 0]
-        if fsdp > 1 and divisible and tensor.numel() >= SMALLEST_SPLIT:
-            partition[max(divisible, key=lambda dim: tensor.shape[dim])] = "fsdp"
-        return tuple(partition)
+    def __init__(self, config: MeshConfig) -> None:
+        self.sharding = Sharding(config.shape_for(xr.global_runtime_device_count()), config.rules)
+        self.devices = _arranged(self.sharding.shape, config.slices)
 
     def put(self, tensor: Tensor, partition: Partition, device: torch.device, *, per_process: bool) -> Tensor:
         """``tensor`` on the devices. ``per_process``: it is this process's part of a larger one."""
@@ -43,29 +28,41 @@ class Mesh:
         placed: Any = xm.send_cpu_data_to_device([tensor.contiguous()], device, input_sharding=spec)
         return placed[0]
 
-    def mark(self, tensor: Tensor, partition: Partition) -> None:
-        """Tell the compiler where an intermediate or a result is to lie."""
-        xs.mark_sharding(tensor, self.devices, partition)
-
     def marked(self, tensor: Tensor, partition: Partition) -> Tensor:
-        """The same values where `mark` says, and their gradient too."""
-        marked: Tensor = _Marked.apply(tensor, self, partition)
+        """The same values, and word to the compiler where they and their gradient are to lie."""
+        marked: Tensor = _Marked.apply(tensor, self.devices, partition)
         return marked
+
+
+def keep_sharding(old: Tensor, new: Tensor) -> None:
+    """Have a result of a step lie as what it replaces."""
+    assert old.shape == new.shape and old.dtype == new.dtype, f"a step changed {old.shape} to {new.shape}"
+    sharding = torch_xla._XLAC._get_xla_op_sharding(old)
+    assert sharding is not None, "state is put on the devices by Runtime.place_state"
+    torch_xla._XLAC._xla_mark_sharding(new, sharding)
+
+
+def _arranged(shape: tuple[int, int], slices: int) -> xs.Mesh:
+    """Neighbours on ``fsdp`` are neighbours on the chips' own network; slices share ``data``."""
+    if xr.device_type() != "TPU":
+        return xs.Mesh(np.arange(shape[0] * shape[1]), shape, AXES)
+    within = (shape[0] // slices, shape[1])
+    return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=(slices, 1), axis_names=AXES)
 
 
 class _Marked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, mesh: Mesh, partition: Partition) -> Tensor:
-        ctx.where = mesh, partition
-        return _copy_at(tensor, mesh, partition)
+    def forward(ctx: Any, tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:
+        ctx.where = devices, partition
+        return _copy_at(tensor, devices, partition)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _copy_at(gradient, *ctx.where), None, None
 
 
-def _copy_at(tensor: Tensor, mesh: Mesh, partition: Partition) -> Tensor:
+def _copy_at(tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:
     # A mark is put on a tensor in place, and the caller's own may be an input of the step.
     copy = tensor * 1
-    mesh.mark(copy, partition)
+    xs.mark_sharding(copy, devices, partition)
     return copy

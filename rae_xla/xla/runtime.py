@@ -11,10 +11,11 @@ import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
 from rae_xla.errors import UserError
-from rae_xla.runtime import MeshConfig, Precision, Tree, compute_dtype
+from rae_xla.runtime import Precision, Tree, compute_dtype
+from rae_xla.sharding import AXES, MeshConfig, Partition
 from rae_xla.xla.mesh import Mesh
 from rae_xla.xla.scan import device_scan
 from rae_xla.xla.step import CompiledStep
@@ -38,7 +39,8 @@ class XLARuntime:
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self.scan = device_scan
-        self._mesh = Mesh(mesh.shape_for(self.num_devices))
+        self._mesh = Mesh(mesh)
+        self.sharding = self._mesh.sharding
         self._device = torch_xla.device()
         # A TPU multiplies float32 in bfloat16 unless told otherwise; global to the process.
         products: Literal["highest", "default"] = "highest" if precision == "fp32_highest" else "default"
@@ -51,25 +53,37 @@ class XLARuntime:
             "runtime": self.name,
             "device": xr.device_type(),
             "num_devices": self.num_devices,
-            "mesh": dict(zip(("data", "fsdp"), self._mesh.shape, strict=True)),
+            "mesh": dict(zip(AXES, self.sharding.shape, strict=True)),
             "precision": self.precision,
             "torch": torch.__version__,
             "torch_xla": torch_xla.__version__,
         }
 
-    def place_state(self, tree: Tree) -> Tree:
+    def place_state(self, state: Tree) -> Tree:
         """See `Runtime`."""
-        return tree_map_only(Tensor, lambda t: self._put(t, self._mesh.state_partition(t), per_process=False), tree)
+        self.sharding.check_rules(state.get("parameters", ()))
+
+        def put(path: Any, tensor: Tensor) -> Tensor:
+            return self._put(tensor, self.sharding.of_state([entry.key for entry in path], tensor.shape))
+
+        return tree_map_with_path(put, state)
+
+    def place_frozen(self, tree: Tree) -> Tree:
+        """See `Runtime`."""
+
+        def put(path: Any, tensor: Tensor) -> Tensor:
+            return self._put(tensor, self.sharding.automatic(path[-1].key, tensor.shape, "fsdp"))
+
+        return tree_map_with_path(put, tree)
 
     def place_batch(self, tree: Tree) -> Tree:
         """See `Runtime`."""
-        return tree_map_only(
-            Tensor, lambda t: self._put(t, self._mesh.batch_partition(t), per_process=self.num_processes > 1), tree
-        )
+        several = self.num_processes > 1
+        return tree_map(lambda tensor: self._put(tensor, self.sharding.batch(tensor.ndim), per_process=several), tree)
 
     def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
         """See `Runtime`."""
-        return CompiledStep(function, name, self.keep_sharding)
+        return CompiledStep(function, name)
 
     def barrier(self, tensors: list[Tensor]) -> list[Tensor]:
         """See `Runtime`."""
@@ -80,16 +94,11 @@ class XLARuntime:
 
     def split_batch(self, tensor: Tensor) -> Tensor:
         """See `Runtime`."""
-        return self._mesh.marked(tensor, self._mesh.batch_partition(tensor))
+        return self._mesh.marked(tensor, self.sharding.batch(tensor.ndim))
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
         return tree_map_only(Tensor, lambda tensor: tensor.cpu(), tree)
 
-    def _put(self, tensor: Tensor, partition: Any, *, per_process: bool) -> Tensor:
+    def _put(self, tensor: Tensor, partition: Partition, *, per_process: bool = False) -> Tensor:
         return self._mesh.put(tensor.detach(), partition, self._device, per_process=per_process)
-
-    def keep_sharding(self, old: Tensor, new: Tensor) -> None:
-        """Lay a result of a step out as what it replaces."""
-        assert old.shape == new.shape and old.dtype == new.dtype, f"a step changed {old.shape} to {new.shape}"
-        self._mesh.mark(new, self._mesh.state_partition(new))

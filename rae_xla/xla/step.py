@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 from torch_xla._dynamo.dynamo_bridge import extract_internal
 
+from rae_xla.xla.mesh import keep_sharding
+
 logger = logging.getLogger(__name__)
 
 Step = Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -34,11 +36,10 @@ class CompiledStep:
     Structure, shapes, types and shardings of all inputs are fixed by the first call.
     """
 
-    def __init__(self, function: Step, name: str, keep_sharding: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, function: Step, name: str) -> None:
         self.name = name
         self.compile_seconds: float | None = None
         self._function = function
-        self._keep_sharding = keep_sharding
         self._replay: Callable[..., Any] | None = None
         self._traced: _Inputs | None = None
         self._num_state = 0
@@ -91,7 +92,7 @@ class CompiledStep:
             new_state_and_outputs = self._function(given["state"], given["frozen"], given["batch"])
             results, self._output_spec = tree_flatten(new_state_and_outputs)
             for old, new in zip(arguments[:num_state], results[:num_state], strict=True):
-                self._keep_sharding(old, new)
+                keep_sharding(old, new)
             return results
 
         self._replay = extract_internal(_Traceable(traced, tensors))  # type: ignore[arg-type]

@@ -1,0 +1,186 @@
+"""Which part of a tensor lies on which device, worked out from names and shapes alone: no device is needed to know it.
+
+The mesh has two axes. A batch is split over both. Parameters are split over ``fsdp`` and copied along ``data``; where a
+parameter is not split, its moments and its average still are, over all devices (arXiv 2004.13336): they are three
+quarters of the state, and nobody needs them whole.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from rae_xla.config import Config
+from rae_xla.errors import UserError
+
+Axis = Literal["data", "fsdp"]
+AXES: tuple[Axis, Axis] = ("data", "fsdp")
+Partition = tuple[Axis | tuple[Axis, ...] | None, ...]
+"""For each dimension the axis or axes that it is split over."""
+
+# Splitting a small tensor costs a gather a step and saves nothing. In numbers, of one block.
+SMALLEST_SPLIT = 2**14
+
+ShardingRule = Annotated[tuple[str, Annotated[tuple[Axis | None, ...], Field(strict=False)]], Field(strict=False)]
+
+
+class MeshConfig(Config):
+    """How the devices are arranged: a grid of ``data`` x ``fsdp``; ``data: -1`` takes all that ``fsdp`` leaves.
+
+    ``slices``: that many slices share ``data``, so that only gradients cross the slower network between them.
+    ``rules``: [pattern, dims] in order, the first that matches a parameter's name decides: for each dimension ``fsdp``,
+    ``data`` or null. Blocks are ``*`` in names (``blocks.*.attention.qkv.weight``) and have no dimension here. What no
+    rule matches is split by the automatic rule: the largest dimension that divides, over ``fsdp``.
+    """
+
+    data: int = -1
+    fsdp: int = Field(default=1, ge=1)
+    slices: int = Field(default=1, ge=1)
+    rules: tuple[ShardingRule, ...] = Field(default=(), strict=False)
+
+    @model_validator(mode="after")
+    def _fits(self) -> MeshConfig:
+        if self.data != -1 and self.data < 1:
+            raise ValueError(f"data is a number of devices or -1 for all that are left, got {self.data}")
+        for pattern, dims in self.rules:
+            named = [axis for axis in dims if axis is not None]
+            if len(named) != len(set(named)):
+                raise ValueError(f"rules: {pattern}: an axis splits one dimension, got {list(dims)}")
+        return self
+
+    def shape_for(self, num_devices: int) -> tuple[int, int]:
+        """(data, fsdp) on this many devices.
+
+        Raises:
+            UserError: the axes do not multiply to the number of devices, or slices do not share ``data`` evenly.
+        """
+        data = num_devices // self.fsdp if self.data == -1 else self.data
+        if data * self.fsdp != num_devices:
+            wanted = f"data: {self.data}, fsdp: {self.fsdp}"
+            raise UserError(f"mesh: {wanted} does not fit {num_devices} devices; data * fsdp must equal {num_devices}")
+        if data % self.slices:
+            raise UserError(
+                f"mesh.slices: {self.slices} do not share data: {data} evenly; use an fsdp within one slice"
+            )
+        return data, self.fsdp
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """The partitions that a mesh of this (data, fsdp) shape and these rules give."""
+
+    shape: tuple[int, int]
+    rules: Sequence[tuple[str, tuple[Axis | None, ...]]] = ()
+
+    def batch(self, num_dims: int) -> Partition:
+        """Of a batch: its first dimension over all devices."""
+        return (AXES, *[None] * (num_dims - 1))
+
+    def parameter(self, name: str, shape: Sequence[int]) -> Partition:
+        """Of a parameter, stacked if its name says so.
+
+        Raises:
+            UserError: the rule for it has another number of dimensions, or does not divide; names both.
+        """
+        for pattern, dims in self.rules:
+            if fnmatch.fnmatchcase(name, pattern):
+                return self._by_rule(pattern, dims, name, shape)
+        return self.automatic(name, shape, "fsdp")
+
+    def of_state(self, path: Sequence[str], shape: Sequence[int]) -> Partition:
+        """Of a leaf of a training state: (part, name) of a parameter or of what belongs to one, or (counter,)."""
+        if len(path) == 1:
+            return (None,) * len(shape)
+        return self.parameter(path[1], shape) if path[0] == "parameters" else self.optimizer(path[1], shape)
+
+    def optimizer(self, name: str, shape: Sequence[int]) -> Partition:
+        """Of a parameter's moments and average: the parameter's own, or over all devices where that is whole."""
+        partition = self.parameter(name, shape)
+        return partition if any(partition) else self.automatic(name, shape, *AXES)
+
+    def automatic(self, name: str, shape: Sequence[int], *axes: Axis) -> Partition:
+        """The largest dimension that divides is split over ``axes``; whole if none does or the tensor is small."""
+        parts = math.prod(self.size(axis) for axis in axes)
+        first = 1 if is_stacked(name) else 0
+        divisible = [dim for dim in range(first, len(shape)) if shape[dim] % parts == 0]
+        partition: list[Axis | tuple[Axis, ...] | None] = [None] * len(shape)
+        if parts > 1 and divisible and math.prod(shape[first:]) >= SMALLEST_SPLIT:
+            largest = max(divisible, key=lambda dim: shape[dim])
+            partition[largest] = axes[0] if len(axes) == 1 else axes
+        return tuple(partition)
+
+    def size(self, axis: Axis) -> int:
+        """Devices along this axis."""
+        return self.shape[AXES.index(axis)]
+
+    def parts(self, partition: Partition) -> int:
+        """How many different parts a tensor with this partition has."""
+        axes = [axis for entry in partition if entry for axis in ([entry] if isinstance(entry, str) else entry)]
+        return math.prod(self.size(axis) for axis in axes)
+
+    def check_rules(self, names: Iterable[str]) -> None:
+        """Raises a `UserError` that names the first rule that matches none of these parameters."""
+        known = list(names)
+        for pattern, _ in self.rules:
+            if not fnmatch.filter(known, pattern):
+                shown = ", ".join(known[:3])
+                raise UserError(f"mesh.rules: {pattern!r} matches no parameter; names are such as {shown}")
+
+    def _by_rule(self, pattern: str, dims: tuple[Axis | None, ...], name: str, shape: Sequence[int]) -> Partition:
+        stacked = is_stacked(name)
+        own = list(shape[1:] if stacked else shape)
+        if len(dims) != len(own):
+            raise UserError(f"mesh.rules: {pattern!r} has {len(dims)} dims, {name} has {len(own)}: {own}")
+        for axis, size in zip(dims, own, strict=True):
+            if axis is not None and size % self.size(axis):
+                raise UserError(f"mesh.rules: {pattern!r}: {size} of {name} {own} does not divide by {axis}")
+        return (None, *dims) if stacked else dims
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a tensor of this name holds those of all blocks, see `rae_xla.models.functional.stack_blocks`."""
+    return "*" in name
+
+
+def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
+    """A row for each parameter and each frozen tensor: shape, how it is split, and GiB a chip; then the sums.
+
+    A parameter's row counts its average and moments too.
+    """
+    belonging = [tensors for part, tensors in state.items() if part != "parameters" and isinstance(tensors, Mapping)]
+    rows = []
+    for name, tensor in state["parameters"].items():
+        own, others = sharding.parameter(name, tensor.shape), sharding.optimizer(name, tensor.shape)
+        gib = _gib(tensor) / sharding.parts(own)
+        gib += sum(_gib(tensors[name]) for tensors in belonging) / sharding.parts(others)
+        rows.append((name, tensor, _described(own), _described(others), gib))
+    for part, tensors in frozen.items():
+        for name, tensor in tensors.items():
+            own = sharding.automatic(name, tensor.shape, "fsdp")
+            rows.append((f"{part}: {name}", tensor, _described(own), "", _gib(tensor) / sharding.parts(own)))
+    header = ("name", "shape", "split", "average and moments", "GiB a chip")
+    cells = [
+        (name, "x".join(map(str, t.shape)) or "scalar", own, others, f"{g:.6f}") for name, t, own, others, g in rows
+    ]
+    widths = [max(len(row[column]) for row in [header, *cells]) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *cells]]
+    axes = ", ".join(f"{axis} {sharding.size(axis)}" for axis in AXES)
+    return "\n".join([f"mesh: {axes}", *map(str.rstrip, lines), f"in all {sum(row[4] for row in rows):.4f} GiB a chip"])
+
+
+def _gib(tensor: Any) -> float:
+    return tensor.numel() * tensor.element_size() / 2**30
+
+
+def _described(partition: Partition) -> str:
+    split = [
+        f"dim {dim} over {entry if isinstance(entry, str) else ' x '.join(entry)}"
+        for dim, entry in enumerate(partition)
+        if entry
+    ]
+    return ", ".join(split) or "whole"
