@@ -79,6 +79,15 @@ class EagerRuntime:
         """See `Runtime`."""
         return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), tree)
 
+    def start_trace(self, directory: str) -> None:
+        """See `Runtime`."""
+        self._trace = torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(directory))
+        self._trace.start()
+
+    def stop_trace(self) -> None:
+        """See `Runtime`."""
+        self._trace.stop()
+
 
 class EagerStep:
     """A function called as it is."""
@@ -86,6 +95,7 @@ class EagerStep:
     def __init__(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> None:
         self.name = name
         self.compile_seconds: float | None = None
+        self.wait_seconds = 0.0
         self._function = function
 
     def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:

@@ -25,6 +25,7 @@ from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig
 from rae_xla.training.metrics import LogConfig
 from rae_xla.training.optimizer import OptimizerConfig
+from rae_xla.training.profile import ProfileConfig
 
 
 class CommonRecipe(Config):
@@ -64,6 +65,7 @@ class TrainingRecipe(RunRecipe):
     train: OptimizerConfig
     compute: ComputeConfig = ComputeConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig
 
 

@@ -28,6 +28,8 @@ class CompiledStep(Protocol):
 
     name: str
     compile_seconds: float | None
+    wait_seconds: float
+    """What its calls have spent waiting for earlier steps so far."""
 
     def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         """One step on the device."""
@@ -80,6 +82,12 @@ class Runtime(Protocol):
 
     def to_host(self, tree: Tree) -> Tree:
         """Values on the host; waits for them."""
+
+    def start_trace(self, directory: str) -> None:
+        """Record what host and devices do, until `stop_trace`."""
+
+    def stop_trace(self) -> None:
+        """Wait for the steps that were started and write the trace into the directory, on this machine."""
 
 
 def create(name: Literal["xla", "eager"], mesh: MeshConfig, precision: Precision) -> Runtime:

@@ -16,6 +16,7 @@ from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
 from rae_xla.training.metrics import MetricsLog
+from rae_xla.training.profile import StepProfiler
 from rae_xla.training.same_run import begin_run, check_same_run, described
 
 logger = logging.getLogger(__name__)
@@ -71,9 +72,15 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         batch_size=recipe.data.batch_size,
         every_steps=recipe.log.every_steps,
     )
+    profiler = StepProfiler(recipe.profile, run_dir, runtime)
     for step in range(start + 1, task.num_steps + 1):
-        state, metrics = update(state, frozen, runtime.place_batch(batches.batch(step - 1)))
-        log.add(step, metrics)
+        profiler.before(step)
+        with log.timed("input"):
+            batch = runtime.place_batch(batches.batch(step - 1))
+        with log.timed("host"):
+            state, metrics = update(state, frozen, batch)
+        log.add(step, metrics, update.wait_seconds)
+        profiler.after(step, task.num_steps)
         if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
             log.flush()
             _save(directory, step, state, recipe.checkpoint.keep, runtime)

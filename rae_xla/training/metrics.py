@@ -1,6 +1,10 @@
 """Metrics of a run: ``metrics.jsonl``, one object a line with its ``step``, and a progress bar.
 
 Values stay on the device until a later step has been started, so reading them never makes the devices wait.
+
+A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` making the
+batch and sending it off, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, out of ``step_ms``.
+A run that hardly waits for its devices is held up by its host or its input. The first line holds the compilation.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ import logging
 import sys
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import fsspec
 from pydantic import Field
@@ -47,6 +53,8 @@ class MetricsLog:
         self._lines: list[str] = []
         self._kept = _lines_until(path, start)
         self._last_time, self._last_step = time.perf_counter(), start
+        self._seconds = dict.fromkeys(("input", "host", "device_wait"), 0.0)
+        self._waited_in_steps = 0.0
         self._written = time.monotonic()
         self._name, self._num_steps = name, num_steps
         # A bar where people watch; lines, half a minute apart, where a file is written.
@@ -56,8 +64,22 @@ class MetricsLog:
         )
         self.last: dict[str, float] = {}
 
-    def add(self, step: int, metrics: Any) -> None:
-        """``metrics`` of this step, still on the device. ``step`` counts from one."""
+    @contextmanager
+    def timed(self, part: Literal["input", "host", "device_wait"]) -> Iterator[None]:
+        """Count what happens inside as this part of the step's time."""
+        start = time.perf_counter()
+        yield
+        self._seconds[part] += time.perf_counter() - start
+
+    def add(self, step: int, metrics: Any, waited_in_steps: float) -> None:
+        """``metrics`` of this step, still on the device. ``step`` counts from one.
+
+        ``waited_in_steps``: `CompiledStep.wait_seconds`, which is inside what was timed as ``host``.
+        """
+        waited = waited_in_steps - self._waited_in_steps
+        self._waited_in_steps = waited_in_steps
+        self._seconds["host"] -= waited
+        self._seconds["device_wait"] += waited
         self._pending.append((step, metrics))
         while len(self._pending) > STEPS_IN_FLIGHT:
             self._read(*self._pending.popleft())
@@ -84,13 +106,23 @@ class MetricsLog:
     def _read(self, step: int, metrics: Any) -> None:
         if step % self._every_steps and step != 1:
             return
-        values = {name: float(value) for name, value in self._runtime.to_host(metrics).items()}
+        with self.timed("device_wait"):
+            values = {name: float(value) for name, value in self._runtime.to_host(metrics).items()}
         now = time.perf_counter()
-        images = (step - self._last_step) * self._batch_size
-        self.last = {"step": step, **values, "images_per_second": round(images / max(now - self._last_time, 1e-9), 2)}
+        num_steps, seconds = step - self._last_step, max(now - self._last_time, 1e-9)
+        times = {"step": seconds, **self._seconds}
+        self.last = {
+            "step": step,
+            **values,
+            "images_per_second": round(num_steps * self._batch_size / seconds, 2),
+            **{f"{part}_ms": round(1e3 * spent / num_steps, 3) for part, spent in times.items()},
+        }
         self._last_time, self._last_step = now, step
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._lines.append(json.dumps(self.last) + "\n")
-        shown = f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s"
+        parts = ", ".join(f"{part.replace('_', ' ')} {self.last[f'{part}_ms']:.1f}" for part in self._seconds)
+        shown = f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s, "
+        shown += f"{self.last['step_ms']:.1f} ms a step ({parts})"
         self._bar.set_postfix_str(shown)
         if time.monotonic() - self._written > WRITE_EVERY_SECONDS:
             self._write()

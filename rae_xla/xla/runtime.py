@@ -9,6 +9,7 @@ import torch
 import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_model as xm
+import torch_xla.debug.profiler as profiler
 import torch_xla.runtime as xr
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
@@ -99,6 +100,15 @@ class XLARuntime:
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
         return tree_map_only(Tensor, lambda tensor: tensor.cpu(), tree)
+
+    def start_trace(self, directory: str) -> None:
+        """See `Runtime`."""
+        profiler.start_trace(directory)
+
+    def stop_trace(self) -> None:
+        """See `Runtime`."""
+        xm.wait_device_ops()
+        profiler.stop_trace()
 
     def _put(self, tensor: Tensor, partition: Partition, *, per_process: bool = False) -> Tensor:
         return self._mesh.put(tensor.detach(), partition, self._device, per_process=per_process)

@@ -39,6 +39,7 @@ class CompiledStep:
     def __init__(self, function: Step, name: str) -> None:
         self.name = name
         self.compile_seconds: float | None = None
+        self.wait_seconds = 0.0
         self._function = function
         self._replay: Callable[..., Any] | None = None
         self._traced: _Inputs | None = None
@@ -48,7 +49,7 @@ class CompiledStep:
         self._known: list[Tensor] = []
         # Destroying a donated buffer waits for the step that consumes it (torch_xla 2.9 on the CPU), and a host that
         # waits for each step never runs ahead. Consumed states hold no memory and are dropped when their step is over.
-        self._consumed: deque[list[Tensor]] = deque(maxlen=STEPS_IN_FLIGHT)
+        self._consumed: deque[list[Tensor]] = deque()
 
     def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
         """One step.
@@ -74,9 +75,16 @@ class CompiledStep:
             # The next call takes this state without looking.
             self._traced.check_shardings(self.name, results[: self._num_state])
         self._known = [*results[: self._num_state], *tensors[self._num_state :]]
-        self._consumed.append(tensors[: self._num_state])
+        self._drop_consumed(tensors[: self._num_state])
         new_state, outputs = tree_unflatten(results, self._output_spec)
         return new_state, outputs
+
+    def _drop_consumed(self, newest: list[Tensor]) -> None:
+        self._consumed.append(newest)
+        if len(self._consumed) > STEPS_IN_FLIGHT:
+            start = time.perf_counter()
+            self._consumed.popleft()
+            self.wait_seconds += time.perf_counter() - start
 
     def _trace(self, tensors: list[Tensor], spec: Any) -> None:
         start = time.perf_counter()
