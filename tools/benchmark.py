@@ -2,8 +2,9 @@
 
 models         parameters and multiply-adds of every named model, beside the paper's figures
 width          Theorem 1: the loss of one digit learnt by heart at several widths; needs a run of the quickstart
-step-overhead  host time of a training step, traced lazily every time and traced once and replayed; DiT^DH with its true
-               number of blocks and tensors at a tiny width; CPU_NUM_DEVICES=8 for eight virtual devices
+step-overhead  host time of a training step of a DiT^DH, traced lazily every time and traced once and replayed;
+               --depth-only for the true number of blocks and tensors at a tiny width, which a CPU runs;
+               CPU_NUM_DEVICES=8 for eight virtual devices
 """
 
 from __future__ import annotations
@@ -51,8 +52,18 @@ def step_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     from rae_xla.sharding import MeshConfig
     from rae_xla.training.blocks import ComputeConfig
 
-    result = measured(arguments.model, MeshConfig(), ComputeConfig(), num_steps=200, num_lazy_steps=10)
-    print(f"{result['model']}, {result['tensors']} tensors, {result['num_devices']} devices; host time per step:")
+    result = measured(
+        arguments.model,
+        MeshConfig(fsdp=arguments.fsdp),
+        ComputeConfig(blocks=arguments.blocks, remat=arguments.remat),
+        depth_only=arguments.depth_only,
+        num_steps=200,
+        num_lazy_steps=10,
+    )
+    print(
+        f"{result['model']}, {result['tensors']} parameter tensors stacked into {result['stacked_tensors']}, "
+        f"{result['num_devices']} devices; host time per step:"
+    )
     print(f"traced lazily every step {result['lazy_ms']:.1f} ms, traced once and replayed {result['engine_ms']:.2f} ms")
     print(f"ratio {result['ratio']:.0f}; over {result['steps']} replayed steps with a changing learning rate")
     print(
@@ -70,5 +81,11 @@ if __name__ == "__main__":
     measurements = {"models": models, "width": width, "step-overhead": step_overhead}
     parser.add_argument("what", choices=list(measurements))
     parser.add_argument("--model", metavar="NAME", default="dit_dh_xl", help="for step-overhead (default: dit_dh_xl)")
+    parser.add_argument("--depth-only", action="store_true", help="for step-overhead: tiny width, true depth")
+    parser.add_argument("--fsdp", metavar="N", type=int, default=1, help="for step-overhead (default: 1)")
+    parser.add_argument("--blocks", choices=["list", "scan"], default="list", help="for step-overhead (default: list)")
+    parser.add_argument(
+        "--remat", choices=["none", "block", "matmuls"], default="none", help="for step-overhead (default: none)"
+    )
     parser.add_argument("--root", metavar="DIR", default="runs/quickstart", help="of a quickstart, for width")
     cli.run(lambda arguments: measurements[arguments.what](arguments), parser)

@@ -14,9 +14,9 @@ import torch
 
 from rae_xla.errors import UserError
 from rae_xla.flow.objective import flow_matching_loss, interpolate
-from rae_xla.models.diffusion import create_diffusion_model
+from rae_xla.models.diffusion import DiffusionModel, create_diffusion_model
 from rae_xla.models.dit_dh import DIT_DH_SIZES, DiTDHConfig
-from rae_xla.models.functional import buffers_of
+from rae_xla.models.functional import buffers_of, parameters_of
 from rae_xla.models.loading import initialised
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
@@ -24,25 +24,28 @@ from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.update import initial_state, make_update
 
-LATENT_SHAPE = (8, 2, 2)
-NUM_CLASSES = 10
+NUM_CLASSES = 1000
 WARMUP_STEPS = 3
 
 
-def narrowed(name: str) -> DiTDHConfig:
-    """A named DiT^DH with its true number of blocks and tensors, at a width that a CPU runs.
+def _created(name: str, *, depth_only: bool) -> tuple[DiffusionModel, tuple[int, int, int]]:
+    """A named DiT^DH and the shape of its latents.
+
+    ``depth_only``: with its true number of blocks and tensors, at a width that a CPU runs.
 
     Raises:
         UserError: no such DiT^DH.
     """
     if name not in DIT_DH_SIZES:
         raise UserError(f"--model: {name!r} is not known; use {', '.join(DIT_DH_SIZES)}")
-    sizes = {"width": 16, "num_heads": 2, "head_width": 32, "head_num_heads": 2}
-    return DiTDHConfig.model_validate({"name": name, **sizes})
+    narrow = {"width": 16, "num_heads": 2, "head_width": 32, "head_num_heads": 2}
+    config = DiTDHConfig.model_validate({"name": name, **(narrow if depth_only else {})})
+    latent_shape = (8, 2, 2) if depth_only else (768, 16, 16)
+    return initialised(lambda: create_diffusion_model(config, latent_shape, NUM_CLASSES), 0), latent_shape
 
 
 def step_overhead(
-    name: str, mesh: MeshConfig, compute: ComputeConfig, num_steps: int, num_lazy_steps: int
+    name: str, mesh: MeshConfig, compute: ComputeConfig, *, depth_only: bool, num_steps: int, num_lazy_steps: int
 ) -> dict[str, Any]:
     """Median host milliseconds per step of both ways, and what the replayed steps compiled and fetched meanwhile.
 
@@ -52,7 +55,7 @@ def step_overhead(
     from rae_xla.xla.step import num_compilations
 
     runtime: Any = create("xla", mesh, "fp32")
-    module = initialised(lambda: create_diffusion_model(narrowed(name), LATENT_SHAPE, NUM_CLASSES), 0)
+    module, latent_shape = _created(name, depth_only=depth_only)
     # The rate changes at every step.
     optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-3, schedule="cosine", ema_decay=0.99)
 
@@ -68,8 +71,8 @@ def step_overhead(
         size = runtime.num_devices
         return runtime.place_batch(
             {
-                "x": torch.randn(size, *LATENT_SHAPE, generator=generator),
-                "noise": torch.randn(size, *LATENT_SHAPE, generator=generator),
+                "x": torch.randn(size, *latent_shape, generator=generator),
+                "noise": torch.randn(size, *latent_shape, generator=generator),
                 "t": torch.rand(size, generator=generator),
                 "labels": torch.randint(NUM_CLASSES, (size,), generator=generator, dtype=torch.int32),
             }
@@ -98,7 +101,8 @@ def step_overhead(
     return {
         "model": name,
         "num_devices": runtime.num_devices,
-        "tensors": len(initial_state(module)["parameters"]),
+        "tensors": len(list(module.parameters())),
+        "stacked_tensors": len(parameters_of(module)),
         "lazy_ms": lazy["milliseconds"],
         "engine_ms": engine["milliseconds"],
         "ratio": lazy["milliseconds"] / engine["milliseconds"],

@@ -14,18 +14,8 @@ from rae_xla.recipe import TrainingRecipe, save_recipe
 INPUTS_FILE = "inputs.json"
 Inputs = Mapping[str, Mapping[str, str]]
 # How long a run is, where and how it is computed and logged, and what only sampling reads.
-MAY_CHANGE = (
-    "root",
-    "runtime",
-    "mesh",
-    "compute",
-    "log",
-    "profile",
-    "checkpoint",
-    "sampler",
-    "guidance",
-    "train.num_epochs",
-)
+_COMPUTED = ("root", "runtime", "mesh", "compute", "log", "profile", "checkpoint")
+MAY_CHANGE = (*_COMPUTED, "sampler", "guidance", "train.num_epochs")
 
 
 def described(files: Mapping[str, str]) -> Inputs:
