@@ -104,12 +104,12 @@ class Sharding:
         return partition if any(partition) else self.automatic(name, shape, *AXES)
 
     def automatic(self, name: str, shape: Sequence[int], *axes: Axis) -> Partition:
-        """The largest dimension that divides is split over ``axes``; whole if none does or the tensor is small."""
+        """The largest dimension that divides is split over ``axes``; vectors and small tensors stay whole."""
         parts = math.prod(self.size(axis) for axis in axes)
         first = 1 if is_stacked(name) else 0
         divisible = [dim for dim in range(first, len(shape)) if shape[dim] % parts == 0]
         partition: list[Axis | tuple[Axis, ...] | None] = [None] * len(shape)
-        if parts > 1 and divisible and math.prod(shape[first:]) >= SMALLEST_SPLIT:
+        if parts > 1 and divisible and len(shape) > first + 1 and math.prod(shape[first:]) >= SMALLEST_SPLIT:
             largest = max(divisible, key=lambda dim: shape[dim])
             partition[largest] = axes[0] if len(axes) == 1 else axes
         return tuple(partition)
@@ -143,7 +143,7 @@ class Sharding:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether a tensor of this name holds those of all blocks, see `rae_xla.models.functional.stack_blocks`."""
+    """Whether a tensor of this name holds those of all blocks, see `rae_xla.models.functional`."""
     return "*" in name
 
 

@@ -3,9 +3,10 @@
 Inputs and outputs of the models here are float32; a model computes in the dtype of its parameters, and its norms and
 softmaxes in float32.
 
-Values of alike blocks are stacked: ``blocks.0.norm.weight`` ... ``blocks.27.norm.weight`` [D] are one tensor
-``blocks.*.norm.weight`` [28, D]. What a host spends on starting a step grows with the number of tensors, not with their
-size, and DiT^DH-XL has 376 of them unstacked.
+What a host spends on starting a step grows with the number of tensors, not with their size, and DiT^DH-XL has 376
+parameters. So values are packed: ``blocks.0.output.weight`` ... ``blocks.27.output.weight`` [E, D] are stacked to one
+``blocks.*.output.weight`` [28, E, D], and all that has one dimension in a block, biases and norms, is joined to one
+``blocks.*.vectors`` [28, sum], outside of blocks to ``vectors`` [sum]. That leaves 21.
 """
 
 from __future__ import annotations
@@ -28,24 +29,30 @@ Tensors = dict[str, Tensor]
 
 _BLOCK_NUMBER = re.compile(r"(^|\.)(\d+)\.")
 NORMS = (RMSNorm, nn.LayerNorm)
+VECTORS = "vectors"
 
 
 def parameters_of(module: nn.Module) -> Tensors:
-    """The parameters by name, detached and stacked."""
-    return stack_blocks({name: parameter.detach() for name, parameter in module.named_parameters()})
+    """The parameters, detached and packed."""
+    return _join_vectors(_stack_blocks({name: parameter.detach() for name, parameter in module.named_parameters()}))
 
 
 def buffers_of(module: nn.Module) -> Tensors:
-    """The buffers by name, stacked: tables, frequencies and statistics that no optimizer touches."""
-    return stack_blocks({name: buffer.detach() for name, buffer in module.named_buffers()})
+    """The buffers by name, their blocks stacked: tables, frequencies and statistics that no optimizer touches."""
+    return _stack_blocks({name: buffer.detach() for name, buffer in module.named_buffers()})
 
 
 def tensors_of(module: nn.Module) -> Tensors:
-    """Parameters and buffers by name, stacked."""
+    """Parameters, packed, and buffers."""
     return {**parameters_of(module), **buffers_of(module)}
 
 
-def stack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
+def by_module_names(module: nn.Module, packed: Mapping[str, Tensor]) -> Tensors:
+    """Packed values by their names in the module."""
+    return _unstack_blocks(_split_vectors(module, packed))
+
+
+def _stack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
     """Tensors whose names differ in the first number only, which counts from zero, as one; others as they are."""
     members: dict[str, dict[int, str]] = defaultdict(dict)
     for name in tensors:
@@ -62,8 +69,8 @@ def stack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
     return stacked
 
 
-def unstack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
-    """What `stack_blocks` was given."""
+def _unstack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
+    """What `_stack_blocks` was given."""
     unstacked: Tensors = {}
     for name, value in tensors.items():
         if "*" in name:
@@ -73,16 +80,44 @@ def unstack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
     return unstacked
 
 
+def _join_vectors(stacked: Mapping[str, Tensor]) -> Tensors:
+    groups = _vectors(stacked)
+    joined = {name for names in groups.values() for name in names}
+    vectors = {prefix + VECTORS: torch.cat([stacked[n] for n in names], dim=-1) for prefix, names in groups.items()}
+    return {**{name: tensor for name, tensor in stacked.items() if name not in joined}, **vectors}
+
+
+def _split_vectors(module: nn.Module, packed: Mapping[str, Tensor]) -> Tensors:
+    """What `_join_vectors` was given for this module."""
+    shapes = _stack_blocks({name: parameter.detach().to("meta") for name, parameter in module.named_parameters()})
+    tensors = dict(packed)
+    for prefix, names in _vectors(shapes).items():
+        parts = tensors.pop(prefix + VECTORS).split([shapes[name].shape[-1] for name in names], dim=-1)
+        tensors.update(zip(names, parts, strict=True))
+    return tensors
+
+
+def _vectors(stacked: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """Names of tensors with one dimension, that of the blocks apart, by the part of the name up to the ``*``."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, tensor in stacked.items():
+        before, star, _ = name.rpartition("*.")
+        if tensor.ndim == (2 if star else 1):
+            groups[before + star].append(name)
+    return groups
+
+
 def call(
     module: nn.Module, tensors: Tensors, dtype: torch.dtype, *arguments: Any, run_blocks: RunBlocks | None = None
 ) -> Tensor:
-    """``module(*arguments)`` with these values, stacked or not.
+    """``module(*arguments)`` with these packed values.
 
     Parameters are cast to ``dtype``, but for those of norms; buffers stay float32. ``run_blocks`` runs the `Blocks`
     inside; by default they run one after the other.
     """
     computed = _names_in_dtype(module)
-    values = {name: value.to(dtype) if name in computed else value for name, value in tensors.items()}
+    split = _split_vectors(module, tensors)
+    values = {name: value.to(dtype) if name in computed else value for name, value in split.items()}
     running = {}
     if run_blocks is not None:
         for path, blocks in [(path, part) for path, part in module.named_modules() if isinstance(part, Blocks)]:
@@ -90,7 +125,7 @@ def call(
             own = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
             running[blocks] = partial(_run, run_blocks, blocks[0], own)
     with _run_by(running):
-        return functional_call(module, unstack_blocks(values), arguments)
+        return functional_call(module, _unstack_blocks(values), arguments)
 
 
 def _run(run_blocks: RunBlocks, block: nn.Module, values: Tensors, x: Tensor, *shared: Tensor) -> Tensor:

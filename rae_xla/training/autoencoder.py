@@ -47,6 +47,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         name="decoder",
         images=images,
         num_steps=total_steps(recipe.train, steps_per_epoch),
+        module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),

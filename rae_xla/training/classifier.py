@@ -47,6 +47,7 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         name="encoder" if isinstance(module, EncoderClassifier) else "judge",
         images=images,
         num_steps=total_steps(recipe.train, steps_per_epoch),
+        module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
         update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),

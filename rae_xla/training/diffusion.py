@@ -56,6 +56,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         name="diffusion",
         images=images,
         num_steps=total_steps(recipe.train, steps_per_epoch),
+        module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from rae_xla import __version__, storage
 from rae_xla.data.loader import TrainingBatches
 from rae_xla.data.sources import ImageSet
-from rae_xla.models.functional import Tensors, unstack_blocks
+from rae_xla.models.functional import Tensors, by_module_names
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
@@ -31,6 +33,8 @@ class TrainingTask:
     name: str
     images: ImageSet
     num_steps: int
+    module: nn.Module
+    """The architecture of what is trained."""
     state: dict[str, Any]
     frozen: dict[str, Any]
     update: Callable[[Any, Any, Any], tuple[Any, Any]]
@@ -86,7 +90,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
             _save(directory, step, state, recipe.checkpoint.keep, runtime)
     log.close()
 
-    weights = task.export(unstack_blocks(runtime.to_host(state["ema"])))
+    weights = task.export(by_module_names(task.module, runtime.to_host(state["ema"])))
     report = {
         "task": recipe.task,
         "name": task.name,
