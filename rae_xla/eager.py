@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from rae_xla.runtime import Precision, ScanBody, Tree, compute_dtype
+from rae_xla.precision import Precision, compute_dtype, effective_precision
+from rae_xla.runtime import ScanBody, Tree
 from rae_xla.sharding import MeshConfig, Sharding
 
 
@@ -34,7 +35,7 @@ class EagerRuntime:
             "runtime": self.name,
             "device": self._device.type,
             "num_devices": 1,
-            "precision": self.precision,
+            **effective_precision(self.precision, self._device.type),
             "torch": torch.__version__,
         }
 

@@ -19,7 +19,7 @@ from rae_xla.models.autoencoder import AutoencoderConfig
 from rae_xla.models.classifier import ConvNetConfig
 from rae_xla.models.diffusion import DiffusionModelConfig
 from rae_xla.models.encoders import EncoderConfig
-from rae_xla.runtime import Precision
+from rae_xla.precision import Precision
 from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.precision import Precision
 from rae_xla.sharding import MeshConfig, Sharding
 
 Tree = Any
 ScanBody = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 """(carry, row, invariants) -> (carry, output)"""
-Precision = Literal["fp32", "fp32_highest", "bf16"]
 
 
 class CompiledStep(Protocol):
@@ -108,11 +108,6 @@ def create(name: Literal["xla", "eager"], mesh: MeshConfig, precision: Precision
     except ImportError as error:
         raise UserError(f"runtime: xla needs torch_xla ({error}); install it or say runtime=eager") from error
     return XLARuntime(mesh, precision)
-
-
-def compute_dtype(precision: Precision) -> torch.dtype:
-    """The type that matrix products take their inputs in."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def check_batch_size(batch_size: int, runtime: Runtime, key: str) -> None:

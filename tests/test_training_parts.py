@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch_xla.backends
+from mesh_cases import small_model
 
 from rae_xla import storage
 from rae_xla.data.loader import TrainingBatches
@@ -16,12 +20,16 @@ from rae_xla.data.transforms import shift_randomly, to_bytes
 from rae_xla.errors import UserError
 from rae_xla.evaluation.distances import frechet_distance, identical_images, nearest_neighbour_distances
 from rae_xla.evaluation.latent_stats import Moments
+from rae_xla.models.functional import by_module_names, call, parameters_of
+from rae_xla.models.layers import LayerNorm, RMSNorm
+from rae_xla.precision import effective_precision
 from rae_xla.recipe import LatentNoiseConfig, load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 from rae_xla.training import checkpoint
 from rae_xla.training.autoencoder import latent_noise
 from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.ema import decay_at
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 from rae_xla.training.tasks import train
@@ -177,6 +185,72 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
         for name, value in states[0][part].items():
             assert torch.equal(states[1][part][name], value) and torch.equal(states[2][part][name], value)
             assert states[3][part][name].isfinite().all() and not torch.equal(states[3][part][name], value)
+
+
+def test_packed_values_are_those_of_the_module() -> None:
+    module = small_model()
+    packed = parameters_of(module)
+    assert packed["backbone.*.mlp.output.weight"].shape == (2, 64, 170) and packed["head.*.vectors"].ndim == 2
+    assert len(packed) == 21 < len(list(module.parameters()))
+    found = by_module_names(module, packed)
+    assert set(found) == {name for name, _ in module.named_parameters()}
+    for name, value in module.named_parameters():
+        assert torch.equal(found[name], value), name
+
+
+def test_norms_and_their_weights_stay_float32_in_bf16() -> None:
+    # Vectors of equal names and sizes that are not of alike blocks.
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), LayerNorm(8), RMSNorm(8))
+    seen = {}
+
+    def note(part, arguments, _) -> None:
+        seen[type(part).__name__] = part.weight.dtype, arguments[0].dtype
+
+    for part in module:
+        part.register_forward_hook(note)
+    output = call(module, parameters_of(module), torch.bfloat16, torch.randn(2, 8).bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert seen["Linear"] == (torch.bfloat16, torch.bfloat16)
+    assert seen["LayerNorm"] == seen["RMSNorm"] == (torch.float32, torch.bfloat16)
+
+
+def test_ema_decay_grows_with_warmup() -> None:
+    def at(step: int, **options: bool) -> float:
+        config = OptimizerConfig(num_epochs=1, learning_rate=1.0, ema_decay=0.9, **options)
+        return decay_at(torch.tensor(step, dtype=torch.int32), config).item()
+
+    assert [at(step) for step in (0, 1000)] == pytest.approx([0.9, 0.9])
+    assert [at(step, ema_warmup=True) for step in (0, 8, 79, 1000)] == pytest.approx([0.1, 0.5, 80 / 89, 0.9])
+
+
+def test_microbatches_must_divide(tmp_path: Path) -> None:
+    recipe = load_recipe("recipes/quickstart/judge.yaml", ["compute.num_microbatches=3", f"root={tmp_path}"])
+    with pytest.raises(UserError, match=r"compute\.num_microbatches: data\.batch_size 64 does not divide into 3 parts"):
+        train(recipe, create("eager", MeshConfig(), "fp32"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["eager", "xla"])
+def test_a_trace_of_chosen_steps_and_where_a_step_spends_its_time(where: str, tmp_path: Path) -> None:
+    overrides = [f"runtime={where}", f"root={tmp_path}", "data.batch_size=16", f"train.num_epochs={8 * 16 / 1437}"]
+    recipe = load_recipe("recipes/quickstart/judge.yaml", [*overrides, "log.every_steps=1", "profile.steps=[3,5]"])
+    train(recipe, create(where, MeshConfig(), "fp32"))
+    [trace] = [path for path in (tmp_path / "judge" / "profile").rglob("*") if ".trace.json" in path.name]
+    content = gzip.decompress(trace.read_bytes()) if trace.suffix == ".gz" else trace.read_bytes()
+    assert len(json.loads(content)["traceEvents"]) > 10
+    for line in read_metrics(str(tmp_path / "judge" / "metrics.jsonl"))[1:]:
+        parts = [line[f"{part}_ms"] for part in ("input", "host", "device_wait")]
+        assert min(parts) >= 0 and 0 < sum(parts) <= 1.5 * line["step_ms"], line
+
+
+def test_precision_in_effect() -> None:
+    assert effective_precision("fp32", "TPU")["matmul_multiplies"] == "bfloat16"
+    assert effective_precision("fp32_highest", "TPU")["matmul_multiplies"] == "float32"
+    assert effective_precision("bf16", "CPU")["matmul_inputs"] == "bfloat16"
+    runtime = create("xla", MeshConfig(), "fp32_highest")
+    assert torch_xla.backends.get_mat_mul_precision() == "highest" and runtime.describe()["precision"] == "fp32_highest"
+    create("xla", MeshConfig(), "fp32")
+    assert torch_xla.backends.get_mat_mul_precision() == "default"
 
 
 def test_a_root_that_is_a_url() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -76,6 +78,60 @@ def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
     found, expected = run(runtime), run(eager)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert (expected[0] - expected[1]).abs().max() > 0.01 and (expected[2] - expected[3]).abs().max() > 0.01
+
+
+def test_scans_stack_outputs_run_backwards_and_nest(runtime: Runtime) -> None:
+    eager = create("eager", MeshConfig(), "fp32")
+    generator = torch.Generator().manual_seed(0)
+    rows = {"a": torch.randn(3, 4, generator=generator), "b": torch.randint(9, (3,), generator=generator)}
+
+    def run(where: Runtime, reverse: bool) -> dict[str, torch.Tensor]:
+        def program(state, frozen, batch):
+            def inner(total, row, given):
+                return total * 0.5 + row * given, total.sum()
+
+            def outer(carry, row, given):
+                total, count = carry
+                total, sums = where.scan(inner, total, given["inner"], row["a"])
+                return (total, count + row["b"]), {"sums": sums, "count": count}
+
+            given = {"inner": frozen["inner"]}
+            start = (batch["x"], torch.zeros((), dtype=torch.int64, device=batch["x"].device))
+            (total, count), outputs = where.scan(
+                outer, start, {"a": frozen["a"], "b": frozen["b"]}, given, reverse=reverse
+            )
+            return state, {"total": total, "count": count, **outputs}
+
+        frozen = where.place_frozen({**rows, "inner": torch.arange(20.0).reshape(5, 4)})
+        batch = where.place_batch({"x": torch.ones(1, 4)})
+        return where.to_host(where.compile(program, "nested")({}, frozen, batch)[1])
+
+    for reverse in (False, True):
+        found, expected = run(runtime, reverse), run(eager, reverse)
+        assert found["sums"].shape == (3, 5) and found["count"].shape == (3,)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)
+    assert not torch.equal(run(eager, False)["sums"], run(eager, True)["sums"])
+
+
+def test_the_host_does_not_wait_for_the_step_it_has_started(runtime: Runtime) -> None:
+    """Nor do the states that it drops make it wait: a step of long products is started in a fraction of its time."""
+
+    def multiply(state, frozen, batch):
+        x = state["x"]
+        for _ in range(40):
+            x = x @ frozen["w"]
+        return {"x": x}, {"sum": x.sum()}
+
+    step = runtime.compile(multiply, "multiply")
+    state, frozen = runtime.place_state({"x": torch.eye(1024)}), runtime.place_frozen({"w": torch.eye(1024)})
+    state, outputs = step(state, frozen, {})
+    runtime.to_host(outputs)
+    started = time.perf_counter()
+    state, outputs = step(state, frozen, {})
+    host = time.perf_counter() - started
+    runtime.to_host(outputs)
+    assert host < 0.25 * (time.perf_counter() - started)
 
 
 def test_a_loop_body_that_closes_over_a_tensor_is_refused(runtime: Runtime) -> None:

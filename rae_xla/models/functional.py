@@ -53,19 +53,22 @@ def by_module_names(module: nn.Module, packed: Mapping[str, Tensor]) -> Tensors:
 
 
 def _stack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Tensors whose names differ in the first number only, which counts from zero, as one; others as they are."""
-    members: dict[str, dict[int, str]] = defaultdict(dict)
-    for name in tensors:
-        number = _BLOCK_NUMBER.search(name)
-        members[_stacked_name(name)][int(number[2]) if number else 0] = name
+    """Tensors of blocks that are alike, tensor for tensor, and counted from zero, as one; others as they are."""
+    groups: dict[str, dict[int, Tensors]] = defaultdict(lambda: defaultdict(dict))
     stacked: Tensors = {}
-    for pattern, names in members.items():
-        ordered = [tensors[names[index]] for index in sorted(names)]
-        alike = len({(tensor.shape, tensor.dtype) for tensor in ordered}) == 1
-        if "*" in pattern and alike and sorted(names) == list(range(len(names))):
-            stacked[pattern] = torch.stack(ordered)
+    for name, tensor in tensors.items():
+        number = _BLOCK_NUMBER.search(name)
+        if number is None:
+            stacked[name] = tensor
         else:
-            stacked.update({name: tensors[name] for name in names.values()})
+            groups[name[: number.start(2)]][int(number[2])][name[number.end() :]] = tensor
+    for before, blocks in groups.items():
+        kinds = [{name: (tensor.shape, tensor.dtype) for name, tensor in block.items()} for block in blocks.values()]
+        if sorted(blocks) == list(range(len(blocks))) and all(kind == kinds[0] for kind in kinds):
+            for name in blocks[0]:
+                stacked[f"{before}*.{name}"] = torch.stack([blocks[index][name] for index in range(len(blocks))])
+        else:
+            stacked.update({f"{before}{index}.{n}": t for index, block in blocks.items() for n, t in block.items()})
     return stacked
 
 

@@ -63,6 +63,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         logger.info("%s: resuming from step %d", task.name, start)
     # Before anything is written: a sharding rule may not fit.
     state, frozen = runtime.place_state(state), runtime.place_frozen(task.frozen)
+    logger.info("%s: %s", task.name, ", ".join(f"{key} {value}" for key, value in runtime.describe().items()))
     if runtime.process_index == 0:
         begin_run(recipe, inputs, run_dir)
     update = runtime.compile(task.update, task.name)

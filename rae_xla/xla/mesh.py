@@ -12,6 +12,7 @@ import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch import Tensor
 
+from rae_xla.errors import UserError
 from rae_xla.sharding import AXES, MeshConfig, Partition, Sharding
 
 
@@ -43,8 +44,18 @@ def keep_sharding(old: Tensor, new: Tensor) -> None:
 
 
 def _arranged(shape: tuple[int, int], slices: int) -> xs.Mesh:
-    """Neighbours on ``fsdp`` are neighbours on the chips' own network; slices share ``data``."""
+    """Neighbours on ``fsdp`` are neighbours on the chips' own network; slices share ``data``.
+
+    Virtual devices have no network, and lie as they are counted.
+    """
     if xr.device_type() != "TPU":
+        return xs.Mesh(np.arange(shape[0] * shape[1]), shape, AXES)
+    attributes = xr.global_runtime_device_attributes()
+    found = len({device.get("slice_index", 0) for device in attributes})
+    if found != slices:
+        raise UserError(f"mesh.slices: this job has {found} slices, the recipe says {slices}; say slices: {found}")
+    if slices == 1 and "slice_index" in attributes[0]:
+        # `HybridMesh` refuses one slice that says it is one. As they are counted, x runs fastest.
         return xs.Mesh(np.arange(shape[0] * shape[1]), shape, AXES)
     within = (shape[0] // slices, shape[1])
     return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=(slices, 1), axis_names=AXES)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
 from rae_xla.errors import UserError
-from rae_xla.runtime import Precision, Tree, compute_dtype
+from rae_xla.precision import Precision, compute_dtype, effective_precision
+from rae_xla.runtime import Tree
 from rae_xla.sharding import AXES, MeshConfig, Partition
 from rae_xla.xla.mesh import Mesh
 from rae_xla.xla.scan import device_scan
@@ -55,7 +56,7 @@ class XLARuntime:
             "device": xr.device_type(),
             "num_devices": self.num_devices,
             "mesh": dict(zip(AXES, self.sharding.shape, strict=True)),
-            "precision": self.precision,
+            **effective_precision(self.precision, str(xr.device_type())),
             "torch": torch.__version__,
             "torch_xla": torch_xla.__version__,
         }

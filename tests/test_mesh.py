@@ -1,0 +1,36 @@
+"""Every way to compute an update gives the same update: devices, meshes, scan, rematerialisation, microbatches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_python
+from mesh_cases import CASES, Case, run, small_model
+
+from rae_xla.training.update import initial_state
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict:
+    return run(Case(), "eager")
+
+
+@pytest.mark.parametrize("num_devices", list(CASES))
+def test_ten_updates_equal_those_of_plain_pytorch(num_devices: int, plain: dict, tmp_path: Path) -> None:
+    file = tmp_path / "results.pt"
+    done = run_python("tests/mesh_cases.py", str(file), CPU_NUM_DEVICES=str(num_devices), PJRT_DEVICE="CPU")
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = torch.load(file, weights_only=True)
+    assert len(results) == len(CASES[num_devices])
+    start = initial_state(small_model())["parameters"]
+    for name, found in results.items():
+        case = json.loads(name)
+        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(plain["losses"]), rtol=0, atol=1e-5)
+        for part in ("parameters", "ema"):
+            for key, value in plain["state"][part].items():
+                difference = (found["state"][part][key] - value).abs().max().item()
+                moved = (value - start[key]).abs().max().item()
+                assert difference <= 1e-5 and moved > 3e-4, (case, part, key, difference, moved)

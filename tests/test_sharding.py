@@ -1,0 +1,139 @@
+"""Partitions from names and shapes, and what the compiled programs on eight devices make of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_python, run_tool
+
+from rae_xla.errors import UserError
+from rae_xla.models.classifier import create_classifier
+from rae_xla.models.dit_dh import DiTDH, DiTDHConfig
+from rae_xla.models.functional import parameters_of
+from rae_xla.models.loading import on_meta
+from rae_xla.recipe import load_recipe
+from rae_xla.sharding import MeshConfig, Sharding, explained
+from rae_xla.training.update import initial_state
+
+QKV = "backbone.*.attention.qkv.weight"
+
+
+@pytest.fixture(scope="module")
+def largest() -> dict[str, torch.Size]:
+    module = on_meta(lambda: DiTDH(DiTDHConfig(name="dit_dh_xl"), channels=768, grid=16, num_classes=1000))
+    return {name: value.shape for name, value in parameters_of(module).items()}
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 8), (2, 128), (128, 1), (4, 16)])
+def test_automatic_rule_splits_nearly_all_of_the_largest_model(shape: tuple[int, int], largest: dict) -> None:
+    sharding = Sharding(shape)
+    whole, total = 0, 0
+    for name, size in largest.items():
+        split = sharding.optimizer(name, size)
+        assert split[0] is None or "*" not in name, "blocks are used one by one"
+        for entry, length in zip(split, size, strict=True):
+            assert entry is None or length % sharding.parts((entry,)) == 0
+        total += size.numel()
+        whole += size.numel() if not any(split) else 0
+        assert split == sharding.parameter(name, size) or shape[1] == 1 or not any(sharding.parameter(name, size))
+    assert whole / total < 0.01
+
+
+def test_optimizer_state_is_split_where_parameters_are_whole(largest: dict) -> None:
+    sharding = Sharding((8, 1))
+    assert not any(sharding.parameter(QKV, largest[QKV]))
+    assert sharding.optimizer(QKV, largest[QKV]) == (None, ("data", "fsdp"), None)
+    assert sharding.parts(sharding.optimizer(QKV, largest[QKV])) == 8
+    assert sharding.of_state(("ema", QKV), largest[QKV]) == sharding.optimizer(QKV, largest[QKV])
+    assert sharding.of_state(("step",), ()) == ()
+
+
+def test_the_first_rule_that_matches_decides(largest: dict) -> None:
+    rules = MeshConfig.model_validate(
+        {"rules": [["backbone.*.qkv.*", [None, "fsdp"]], ["*.qkv.*", ["fsdp", None]]]}
+    ).rules
+    sharding = Sharding((2, 4), rules)
+    assert sharding.parameter(QKV, largest[QKV]) == (None, None, "fsdp")
+    head = "head.*.attention.qkv.weight"
+    assert sharding.parameter(head, largest[head]) == (None, "fsdp", None)
+    assert sharding.parameter("condition.weight", largest["condition.weight"]) == ("fsdp", None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (["backbone.*.kqv.*", ["fsdp", None]], "'backbone.*.kqv.*' matches no parameter; names are such as"),
+        (
+            ["label_embedder.table.weight", ["fsdp", None]],
+            "1001 of label_embedder.table.weight .* does not divide by fsdp",
+        ),
+        ([QKV, ["fsdp"]], "has 1 dims, backbone.* has 2"),
+    ],
+)
+def test_a_rule_that_does_not_fit_is_named(rule: list, message: str, largest: dict) -> None:
+    sharding = Sharding((2, 4), MeshConfig.model_validate({"rules": [rule]}).rules)
+    with pytest.raises(UserError, match=message):
+        sharding.check_rules(largest)
+        for name, size in largest.items():
+            sharding.parameter(name, size)
+
+
+def test_mesh_mistakes() -> None:
+    with pytest.raises(UserError, match="data: 3, fsdp: 2 does not fit 8 devices"):
+        MeshConfig(data=3, fsdp=2).shape_for(8)
+    with pytest.raises(UserError, match="3 do not share data: 4 evenly"):
+        MeshConfig(fsdp=2, slices=3).shape_for(8)
+    with pytest.raises(UserError, match=r"mesh: rules: \*: an axis splits one dimension"):
+        load_recipe("recipes/quickstart/judge.yaml", ['mesh.rules=[["*", [fsdp, fsdp]]]'])
+    assert MeshConfig(fsdp=4, slices=2).shape_for(16) == (4, 4)
+
+
+def test_explained_sums_what_a_chip_holds() -> None:
+    module = torch.nn.Linear(256, 128)
+    text = explained(Sharding((1, 4)), initial_state(module), {"encoder": {"table": torch.zeros(1024, 256)}})
+    numbers = 4 * (256 * 128 / 4 + 128) + 1024 * 256 / 4
+    assert f"in all {4 * numbers / 2**30:.4f} GiB a chip" in text
+    assert re.search(r"weight +128x256 +dim 1 over fsdp +dim 1 over fsdp", text)
+    assert re.search(r"encoder: table +1024x256 +dim 0 over fsdp", text)
+
+
+def test_explain_mesh_writes_nothing(tmp_path: Path) -> None:
+    code, output, _ = run_tool("train", "recipes/quickstart/judge.yaml", f"root={tmp_path}", "--explain-mesh")
+    assert code == 0 and "trunk.hidden.weight" in output and not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def on_eight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    directory = tmp_path_factory.mktemp("eight_devices")
+    dump = f"--xla_dump_to={directory / 'dump'} --xla_dump_hlo_as_text"
+    done = run_python("tests/eight_devices.py", str(directory), CPU_NUM_DEVICES="8", PJRT_DEVICE="CPU", XLA_FLAGS=dump)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return directory, json.loads((directory / "found.json").read_text())
+
+
+def test_a_resumed_run_on_a_mesh_is_the_uninterrupted_one(on_eight: tuple[Path, dict]) -> None:
+    _, found = on_eight
+    assert found["num_devices"] == 8 and found["resumed_is_whole"]
+
+
+def test_another_sharding_is_an_error_that_names_the_input(on_eight: tuple[Path, dict]) -> None:
+    _, found = on_eight
+    assert re.search(r"total: batch\['x'\] lies as .*replicated.*, traced as .*devices=\[8,1\]", found["complaint"])
+
+
+def test_all_of_the_state_is_updated_in_place(on_eight: tuple[Path, dict]) -> None:
+    """The compiled program gives every state tensor's memory to the tensor that replaces it."""
+    directory, _ = on_eight
+    aliased = []
+    for file in (directory / "dump").glob("*cpu_after_optimizations.txt"):
+        header = file.read_text().split("\n", 1)[0]
+        aliases = re.search(r"input_output_alias=\{(.*?)\}, \w+=", header)
+        aliased.append(len(re.findall(r"-alias\)", aliases[1])) if aliases else 0)
+    recipe = load_recipe("recipes/quickstart/judge.yaml", [])
+    judge = create_classifier(recipe.model, image_size=recipe.data.image_size, num_classes=10)
+    num_leaves = 4 * len(parameters_of(judge)) + 2  # the step, and the count of skipped ones
+    assert num_leaves in aliased, (num_leaves, sorted(aliased))
