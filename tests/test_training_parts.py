@@ -230,6 +230,13 @@ def test_microbatches_must_divide(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_blocks_of_a_model_without_blocks_are_an_error(tmp_path: Path) -> None:
+    recipe = load_recipe("recipes/quickstart/judge.yaml", ["compute.remat=block", f"root={tmp_path}"])
+    with pytest.raises(UserError, match=r"compute\.remat: this model has no blocks"):
+        train(recipe, create("eager", MeshConfig(), "fp32"))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("where", ["eager", "xla"])
 def test_a_trace_of_chosen_steps_and_where_a_step_spends_its_time(where: str, tmp_path: Path) -> None:
     overrides = [f"runtime={where}", f"root={tmp_path}", "data.batch_size=16", f"train.num_epochs={8 * 16 / 1437}"]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
 import pytest
 import torch
+import torch_xla
+import torch_xla.core.xla_model as xm
+import torch_xla.runtime as xr
+from mesh_cases import batch, loss, small_model
+from torch.utils._pytree import tree_leaves
 
+from rae_xla.errors import UserError
+from rae_xla.models.functional import buffers_of
 from rae_xla.random import Purpose, normal
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime, create
 from rae_xla.sharding import MeshConfig
+from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.tasks import train
+from rae_xla.training.update import initial_state, make_update
+from rae_xla.xla.mesh import Mesh
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +181,56 @@ def test_training_equals_eager(tmp_path) -> None:
     ours, reference = weights("xla"), weights("eager")
     for key, value in reference.items():
         np.testing.assert_allclose(ours[key], value, atol=2e-4, err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def programs(runtime: Runtime) -> dict[tuple[str, str], str]:
+    """The update of a small DiT^DH as HLO, before any optimisation, for each way to run its blocks."""
+
+    def hlo(blocks: str, remat: str) -> str:
+        module = small_model()
+        optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-3, ema_decay=0.9)
+        compute = ComputeConfig(blocks=blocks, remat=remat)
+        update = make_update(module, loss, optimizer, compute, 10.0, runtime)
+        frozen = runtime.place_frozen({"buffers": buffers_of(module)})
+        results = update(runtime.place_state(initial_state(module)), frozen, runtime.place_batch(batch(0)))
+        return torch_xla._XLAC._get_xla_tensors_hlo(tree_leaves(results))
+
+    ways = [(blocks, remat) for blocks in ("list", "scan") for remat in ("none", "block", "matmuls")]
+    return {way: hlo(*way) for way in ways}
+
+
+def test_rematerialisation_computes_again_what_the_policy_does_not_keep(programs: dict) -> None:
+    products = {way: len(re.findall(r" dot\(", text)) for way, text in programs.items()}
+    # Seven products a block: modulation, qkv, scores, their sum of values, output, and two in the MLP.
+    again = {"list": 4 * 7, "scan": 2 * 7}
+    for blocks in ("list", "scan"):
+        assert products[blocks, "matmuls"] == products[blocks, "none"], products
+        assert products[blocks, "block"] - products[blocks, "none"] == again[blocks], products
+    barriers = {way: text.count(" opt-barrier(") for way, text in programs.items()}
+    assert barriers["list", "none"] == 0 and barriers["list", "block"] == barriers["list", "matmuls"] == 4
+
+
+def test_a_scan_is_one_block_and_counts_in_32_bits(programs: dict) -> None:
+    for remat in ("none", "block", "matmuls"):
+        loops = re.findall(r"= \((\S+) .*? while\(", programs["scan", remat])
+        assert [counter.rstrip(",") for counter in loops] == ["s32[]"] * 4, loops
+
+
+def test_fsdp_stays_within_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two slices of 2x4 chips, which are not here: what torch_xla would say of them is given to it."""
+    chips = [
+        {"name": f"TPU:{8 * piece + 2 * y + x}", "coords": [x, y, 0], "slice_index": piece}
+        for piece in range(2)
+        for y in range(4)
+        for x in range(2)
+    ]
+    monkeypatch.setattr(xr, "device_type", lambda: "TPU")
+    monkeypatch.setattr(xr, "global_runtime_device_attributes", lambda: list(chips))
+    monkeypatch.setattr(xr, "global_runtime_device_count", lambda: len(chips))
+    monkeypatch.setattr(xm, "xla_device_hw", lambda _: "TPU")
+    devices = np.array(Mesh(MeshConfig(fsdp=4, slices=2)).devices.device_ids).reshape(4, 4)
+    slices = np.array([chip["slice_index"] for chip in chips])[devices]
+    assert sorted(devices.flatten()) == list(range(16)) and slices.tolist() == [[0] * 4] * 2 + [[1] * 4] * 2
+    with pytest.raises(UserError, match="this job has 2 slices, the recipe says 1; say slices: 2"):
+        Mesh(MeshConfig(fsdp=4))

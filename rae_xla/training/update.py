@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from rae_xla.errors import UserError
+from rae_xla.models.blocks import Blocks
 from rae_xla.models.functional import Tensors, call, parameters_of
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
@@ -51,7 +52,14 @@ def make_update(
     ``module`` gives the architecture only; its values come from ``state`` and its buffers from ``frozen["buffers"]``.
     Parameters, gradients, moments and EMA are float32; the model computes in the runtime's dtype. A step whose loss or
     gradient is not finite changes nothing but the step counter and the count of such steps, and the host need not know.
+
+    Raises:
+        UserError: ``compute`` says how blocks run, of a model that has none.
     """
+    if not any(isinstance(part, Blocks) for part in module.modules()):
+        for key in ("blocks", "remat"):
+            if getattr(compute, key) != getattr(ComputeConfig(), key):
+                raise UserError(f"compute.{key}: this model has no blocks that it could be about; leave it out")
     num_parts = compute.num_microbatches
     run_blocks = make_run_blocks(compute, runtime)
 
