@@ -150,7 +150,7 @@ def test_sampling(
         def field(weights: Any) -> Any:
             return guided(case, models, weights, *interval)
 
-        return euler(field, given["models"], batch["noise"], batch["labels"], given["times"], runtime.loop)
+        return euler(field, given["models"], batch["noise"], batch["labels"], given["times"], runtime.scan)
 
     batch = {"noise": cases["noise"], "labels": cases["labels"].int()}
     found = compute(runtime, sample, {"models": frozen, "times": times}, batch)
