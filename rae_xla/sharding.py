@@ -93,15 +93,14 @@ class Sharding:
         return self.automatic(name, shape, "fsdp")
 
     def of_state(self, path: Sequence[str], shape: Sequence[int]) -> Partition:
-        """Of a leaf of a training state: (part, name) of a parameter or of what belongs to one, or (counter,)."""
-        if len(path) == 1:
-            return (None,) * len(shape)
-        return self.parameter(path[1], shape) if path[0] == "parameters" else self.optimizer(path[1], shape)
+        """Of a leaf of a training state: (..., "parameters", name) a parameter, all else belongs to one of that name."""
+        is_parameter = "parameters" in path[:-1]
+        return self.parameter(path[-1], shape) if is_parameter else self.optimizer(path[-1], shape)
 
     def optimizer(self, name: str, shape: Sequence[int]) -> Partition:
         """Of a parameter's moments and average: the parameter's own, or over all devices where that is whole."""
         partition = self.parameter(name, shape)
-        return partition if any(partition) else self.automatic(name, shape, *AXES)
+        return partition if self.parts(partition) > 1 else self.automatic(name, shape, *AXES)
 
     def automatic(self, name: str, shape: Sequence[int], *axes: Axis) -> Partition:
         """The largest dimension that divides is split over ``axes``; vectors and small tensors stay whole.

@@ -31,6 +31,7 @@ class Case:
     blocks: str = "list"
     remat: str = "none"
     num_microbatches: int = 1
+    precision: str = "fp32"
 
 
 CASES = {
@@ -38,6 +39,7 @@ CASES = {
         *[Case(1, blocks, remat) for blocks in ("list", "scan") for remat in ("none", "block", "matmuls")],
         Case(1, "list", "none", 2),
         Case(1, "scan", "matmuls", 4),
+        Case(1, "scan", "matmuls", 2, "bf16"),
     ],
     2: [Case(1), Case(2, "scan", "block", 2)],
     4: [Case(2, "list", "matmuls", 2), Case(4, "scan")],
@@ -74,7 +76,7 @@ def loss(model, frozen, batch):
 
 
 def run(case: Case, where: str) -> dict:
-    runtime = create(where, MeshConfig(fsdp=case.fsdp), "fp32")
+    runtime = create(where, MeshConfig(fsdp=case.fsdp), case.precision)
     compute = ComputeConfig(blocks=case.blocks, remat=case.remat, num_microbatches=case.num_microbatches)
     optimizer = OptimizerConfig(num_epochs=1, learning_rate=2e-4, schedule="linear", ema_decay=0.9, ema_warmup=True)
     module = small_model()

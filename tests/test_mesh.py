@@ -27,8 +27,12 @@ def test_ten_updates_equal_those_of_plain_pytorch(num_devices: int, plain: dict,
     assert len(results) == len(CASES[num_devices])
     start = initial_state(small_model())["parameters"]
     for name, found in results.items():
-        case = json.loads(name)
-        torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(plain["losses"]), rtol=0, atol=1e-5)
+        case = Case(**json.loads(name))
+        losses, expected = torch.tensor(found["losses"]), torch.tensor(plain["losses"])
+        if case.precision == "bf16":
+            assert 0 < (losses - expected).abs().max() < 0.05, (case, losses)
+            continue
+        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
         for part in ("parameters", "ema"):
             for key, value in plain["state"][part].items():
                 difference = (found["state"][part][key] - value).abs().max().item()

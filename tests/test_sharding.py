@@ -50,6 +50,9 @@ def test_optimizer_state_is_split_where_parameters_are_whole(largest: dict) -> N
     assert sharding.parts(sharding.optimizer(QKV, largest[QKV])) == 8
     assert sharding.of_state(("ema", QKV), largest[QKV]) == sharding.optimizer(QKV, largest[QKV])
     assert sharding.of_state(("step",), ()) == ()
+    # A rule about an axis of one device leaves a parameter whole.
+    rules = MeshConfig.model_validate({"rules": [[QKV, ["fsdp", None]]]}).rules
+    assert Sharding((8, 1), rules).optimizer(QKV, largest[QKV]) == (None, ("data", "fsdp"), None)
 
 
 def test_the_first_rule_that_matches_decides(largest: dict) -> None:
