@@ -93,7 +93,7 @@ class Sharding:
         return self.automatic(name, shape, "fsdp")
 
     def of_state(self, path: Sequence[str], shape: Sequence[int]) -> Partition:
-        """Of a leaf of a training state: (..., "parameters", name) a parameter, all else belongs to one of that name."""
+        """Of a leaf of a training state: (..., "parameters", name), or what belongs to a parameter of its name."""
         is_parameter = "parameters" in path[:-1]
         return self.parameter(path[-1], shape) if is_parameter else self.optimizer(path[-1], shape)
 
