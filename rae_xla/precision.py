@@ -13,7 +13,7 @@ Precision = Literal["fp32", "fp32_highest", "bf16"]
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:
-    """The type that matrix products take their inputs in."""
+    """The type of what layers pass on, and of the inputs of matrix products."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
@@ -26,6 +26,7 @@ def effective_precision(precision: Precision, device: str) -> dict[str, str]:
     return {
         "precision": precision,
         "parameters": "float32",
+        "activations": str(compute_dtype(precision)).removeprefix("torch."),
         "matmul_inputs": str(compute_dtype(precision)).removeprefix("torch."),
         "matmul_multiplies": "bfloat16" if rounded else "float32",
     }

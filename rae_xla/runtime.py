@@ -70,8 +70,8 @@ class Runtime(Protocol):
         """``carry, output = body(carry, row, invariants)`` for each row, from the last to the first if ``reverse``.
 
         ``rows``: tensors [S, ...]. Returns the last carry and the outputs, stacked in the order of the rows. The body
-        keeps shapes and types of the carry, whose numbers are not booleans, and reads no other tensors than it is
-        handed. On the device, inside a compiled step; no gradient goes through it.
+        keeps shapes and types of the carry, makes no booleans, and reads no other tensors than it is handed. On the
+        device, inside a compiled step; no gradient goes through it.
         """
 
     def barrier(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """Which part of a tensor lies on which device, worked out from names and shapes alone: no device is needed to know it.
 
-The mesh has two axes. A batch is split over both. Parameters are split over ``fsdp`` and copied along ``data``; where a
-parameter is not split, its moments and its average still are, over all devices (arXiv 2004.13336): they are three
-quarters of the state, and nobody needs them whole.
+The mesh has two axes. A batch is split over both. Parameters are split over ``fsdp`` and copied along ``data``. Their
+moments and averages are split over all devices (arXiv 2004.13336): they are three quarters of the state, and nobody
+needs them whole.
 """
 
 from __future__ import annotations
@@ -98,9 +98,17 @@ class Sharding:
         return self.parameter(path[-1], shape) if is_parameter else self.optimizer(path[-1], shape)
 
     def optimizer(self, name: str, shape: Sequence[int]) -> Partition:
-        """Of a parameter's moments and average: the parameter's own, or over all devices where that is whole."""
+        """Of a parameter's moments and average: the parameter's own, split on over the axes that it is whole along."""
         partition = self.parameter(name, shape)
-        return partition if self.parts(partition) > 1 else self.automatic(name, shape, *AXES)
+        if self.parts(partition) == 1:
+            return self.automatic(name, shape, *AXES)
+        if partition.count("fsdp") != 1 or "data" in partition:
+            return partition
+        # Each part in parts of its own, so that no device needs another's.
+        dim = partition.index("fsdp")
+        if shape[dim] % math.prod(self.shape):
+            return partition
+        return (*partition[:dim], ("fsdp", "data"), *partition[dim + 1 :])
 
     def automatic(self, name: str, shape: Sequence[int], *axes: Axis) -> Partition:
         """The largest dimension that divides is split over ``axes``; vectors and small tensors stay whole.

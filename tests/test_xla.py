@@ -194,7 +194,11 @@ def programs(runtime: Runtime) -> dict[tuple[str, str], str]:
         update = make_update(module, loss, optimizer, compute, 10.0, runtime)
         frozen = runtime.place_frozen({"buffers": buffers_of(module)})
         results = update(runtime.place_state(initial_state(module)), frozen, runtime.place_batch(batch(0)))
-        return torch_xla._XLAC._get_xla_tensors_hlo(tree_leaves(results))
+        text = torch_xla._XLAC._get_xla_tensors_hlo(tree_leaves(results))
+        del results
+        # Nothing of it is to be computed.
+        torch_xla._XLAC._clear_pending_irs(str(torch_xla.device()))
+        return text
 
     ways = [(blocks, remat) for blocks in ("list", "scan") for remat in ("none", "block", "matmuls")]
     return {way: hlo(*way) for way in ways}

@@ -87,7 +87,9 @@ def _join_vectors(stacked: Mapping[str, Tensor]) -> Tensors:
     groups = _vectors(stacked)
     joined = {name for names in groups.values() for name in names}
     vectors = {prefix + VECTORS: torch.cat([stacked[n] for n in names], dim=-1) for prefix, names in groups.items()}
-    return {**{name: tensor for name, tensor in stacked.items() if name not in joined}, **vectors}
+    others = {name: tensor for name, tensor in stacked.items() if name not in joined}
+    assert not others.keys() & vectors.keys(), f"a parameter may not be called {VECTORS}"
+    return {**others, **vectors}
 
 
 def _split_vectors(module: nn.Module, packed: Mapping[str, Tensor]) -> Tensors:
@@ -126,6 +128,8 @@ def call(
         for path, blocks in [(path, part) for path, part in module.named_modules() if isinstance(part, Blocks)]:
             prefix = f"{path}.*."
             own = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
+            if not own:
+                raise ValueError(f"{path}: its blocks are not alike, so they run by themselves only")
             running[blocks] = partial(_run, run_blocks, blocks[0], own)
     with _run_by(running):
         return functional_call(module, _unstack_blocks(values), arguments)

@@ -42,7 +42,8 @@ class ComputeConfig(Config):
 def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     """The way that ``config`` says, for `rae_xla.models.functional.call`.
 
-    Block outputs are marked as lying like the batch: left to itself the compiler may gather them.
+    Block outputs, and shared inputs that need a gradient, which tables do not, are marked as lying like the batch: left
+    to itself the compiler gathers them in a scan.
     """
 
     def run(block: nn.Module, values: dict[str, Tensor], x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
@@ -50,7 +51,8 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
 
         def function(x: Tensor, *others: Tensor) -> Tensor:
             own = dict(zip(names, others[len(shared) :], strict=True))
-            return runtime.split_batch(functional_call(block, own, (x, *others[: len(shared)])))
+            given = [runtime.split_batch(t) if t.requires_grad else t for t in others[: len(shared)]]
+            return runtime.split_batch(functional_call(block, own, (x, *given)))
 
         x = runtime.split_batch(x)
         if config.blocks == "scan":
@@ -140,6 +142,7 @@ class _KeepEverything:
         remaining = iter(kept)
         # The graph is made again and what it saves is replaced, so that nothing of this forward pass is computed.
         output, leaves = _with_gradients(function, inputs, needed, replace=lambda _: next(remaining))
+        assert next(remaining, None) is None, "the second forward pass saved less than the first"
         return list(torch.autograd.grad(output, leaves, gradient))
 
 
@@ -212,7 +215,8 @@ class _Scanned(torch.autograd.Function):
     def forward(
         ctx: Any, function: Function, keeper: _Keeper, runtime: Runtime, num_shared: int, x: Tensor, *inputs: Tensor
     ) -> Tensor:
-        ctx.needed = list(ctx.needs_input_grad[4:])
+        # x always gets a gradient, to hand to the block before.
+        ctx.needed = [True, *ctx.needs_input_grad[5:]]
         shared, values = list(inputs[:num_shared]), list(inputs[num_shared:])
 
         def body(x: Tensor, own: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
@@ -229,8 +233,7 @@ class _Scanned(torch.autograd.Function):
         function, keeper, runtime, num_shared, num_inputs = ctx.call
         inputs, saved = list(ctx.saved_tensors[:num_inputs]), list(ctx.saved_tensors[num_inputs:])
         shared, values = inputs[:num_shared], inputs[num_shared:]
-        # x always needs its gradient here, to hand it to the block before.
-        needed = [True, *ctx.needed[1:]]
+        needed = ctx.needed
         num_shared_needed = sum(needed[1 : 1 + num_shared])
 
         def body(carry: Any, row: Any, shared: Tensors) -> tuple[Any, Tensors]:

@@ -8,15 +8,15 @@ from torch import Tensor
 from rae_xla.training.optimizer import OptimizerConfig
 
 
-def decay_at(step: Tensor, config: OptimizerConfig) -> Tensor:
-    """Float32 scalar for a zero-based int32 ``step`` on the device: ``ema_decay``.
+def decay_at(updates: Tensor, config: OptimizerConfig) -> Tensor:
+    """Float32 scalar on the device, for the int32 number of ``updates`` made before this one: ``ema_decay``.
 
-    With ``ema_warmup`` it grows towards that as (1 + step) / (10 + step), so that a run forgets its start sooner.
+    With ``ema_warmup`` it grows towards that as (1 + n) / (10 + n), so that a run forgets its start sooner.
     """
-    updates = step.float()
+    done = updates.float()
     if not config.ema_warmup:
-        return torch.full_like(updates, config.ema_decay)
-    return ((1.0 + updates) / (10.0 + updates)).clamp(max=config.ema_decay)
+        return torch.full_like(done, config.ema_decay)
+    return ((1.0 + done) / (10.0 + done)).clamp(max=config.ema_decay)
 
 
 def update_ema(average: dict[str, Tensor], parameters: dict[str, Tensor], decay: Tensor) -> dict[str, Tensor]:

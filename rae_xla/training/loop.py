@@ -85,10 +85,12 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         with log.timed("host"):
             state, metrics = update(state, frozen, batch)
         log.add(step, metrics, update.wait_seconds)
-        profiler.after(step, task.num_steps)
+        profiler.after(step)
         if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
             log.flush()
-            _save(directory, step, state, recipe.checkpoint.keep, runtime)
+            with log.timed("checkpoint"):
+                _save(directory, step, state, recipe.checkpoint.keep, runtime)
+    profiler.close(task.num_steps)
     log.close()
 
     weights = task.export(by_module_names(task.module, runtime.to_host(state["ema"])))

@@ -3,8 +3,9 @@
 Values stay on the device until a later step has been started, so reading them never makes the devices wait.
 
 A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` making the
-batch and sending it off, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, out of ``step_ms``.
-A run that hardly waits for its devices is held up by its host or its input. The first line holds the compilation.
+batch and sending it off, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms``
+saving, out of ``step_ms``. A run that hardly waits for its devices is held up by its host or its input. The first line
+holds the compilation.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import fsspec
 from pydantic import Field
@@ -28,9 +29,14 @@ from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-STEPS_IN_FLIGHT = 2
+# Values are read when so many later steps have been started.
+READ_BEHIND_STEPS = 2
 # An object store cannot append, so the whole file is written again, and not at every line.
 WRITE_EVERY_SECONDS = 30.0
+
+
+Part = Literal["input", "host", "device_wait", "checkpoint"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class LogConfig(Config):
@@ -49,12 +55,12 @@ class MetricsLog:
         self._runtime = runtime
         self._batch_size = batch_size
         self._every_steps = every_steps
-        self._pending: deque[tuple[int, Any]] = deque()
+        self._pending: deque[tuple[int, Any, dict[str, float]]] = deque()
         self._lines: list[str] = []
         self._kept = _lines_until(path, start)
-        self._last_time, self._last_step = time.perf_counter(), start
-        self._seconds = dict.fromkeys(("input", "host", "device_wait"), 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._waited_in_steps = 0.0
+        self._last_step, self._last_times = start, self._times()
         self._written = time.monotonic()
         self._name, self._num_steps = name, num_steps
         # A bar where people watch; lines, half a minute apart, where a file is written.
@@ -65,7 +71,7 @@ class MetricsLog:
         self.last: dict[str, float] = {}
 
     @contextmanager
-    def timed(self, part: Literal["input", "host", "device_wait"]) -> Iterator[None]:
+    def timed(self, part: Part) -> Iterator[None]:
         """Count what happens inside as this part of the step's time."""
         start = time.perf_counter()
         yield
@@ -80,8 +86,8 @@ class MetricsLog:
         self._waited_in_steps = waited_in_steps
         self._seconds["host"] -= waited
         self._seconds["device_wait"] += waited
-        self._pending.append((step, metrics))
-        while len(self._pending) > STEPS_IN_FLIGHT:
+        self._pending.append((step, metrics, self._times()))
+        while len(self._pending) > READ_BEHIND_STEPS:
             self._read(*self._pending.popleft())
         self._bar.update(1)
 
@@ -103,24 +109,25 @@ class MetricsLog:
         self.flush()
         self._bar.close()
 
-    def _read(self, step: int, metrics: Any) -> None:
+    def _times(self) -> dict[str, float]:
+        return {"step": time.perf_counter(), **self._seconds}
+
+    def _read(self, step: int, metrics: Any, times: dict[str, float]) -> None:
         if step % self._every_steps and step != 1:
             return
         with self.timed("device_wait"):
             values = {name: float(value) for name, value in self._runtime.to_host(metrics).items()}
-        now = time.perf_counter()
-        num_steps, seconds = step - self._last_step, max(now - self._last_time, 1e-9)
-        times = {"step": seconds, **self._seconds}
+        num_steps = step - self._last_step
+        spent = {part: times[part] - self._last_times[part] for part in times}
         self.last = {
             "step": step,
             **values,
-            "images_per_second": round(num_steps * self._batch_size / seconds, 2),
-            **{f"{part}_ms": round(1e3 * spent / num_steps, 3) for part, spent in times.items()},
+            "images_per_second": round(num_steps * self._batch_size / max(spent["step"], 1e-9), 2),
+            **{f"{part}_ms": round(1e3 * seconds / num_steps, 3) for part, seconds in spent.items()},
         }
-        self._last_time, self._last_step = now, step
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._last_step, self._last_times = step, times
         self._lines.append(json.dumps(self.last) + "\n")
-        parts = ", ".join(f"{part.replace('_', ' ')} {self.last[f'{part}_ms']:.1f}" for part in self._seconds)
+        parts = ", ".join(f"{part.replace('_', ' ')} {self.last[f'{part}_ms']:.1f}" for part in PARTS)
         shown = f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s, "
         shown += f"{self.last['step_ms']:.1f} ms a step ({parts})"
         self._bar.set_postfix_str(shown)

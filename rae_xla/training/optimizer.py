@@ -75,13 +75,13 @@ def adamw(
     gradients: Tensors,
     first: Tensors,
     second: Tensors,
-    step: Tensor,
+    done: Tensor,
     rate: Tensor,
     config: OptimizerConfig,
 ) -> tuple[Tensors, Tensors, Tensors]:
-    """One AdamW update (arXiv 1711.05101): new parameters, first and second moments. ``step`` counts from zero."""
+    """One AdamW update (arXiv 1711.05101): new parameters, first and second moments; ``done`` were made before it."""
     beta1, beta2 = config.betas
-    updates = step.float() + 1.0
+    updates = done.float() + 1.0
     correction1, correction2 = 1.0 - beta1**updates, 1.0 - beta2**updates
     new_parameters, new_first, new_second = {}, {}, {}
     for name, gradient in gradients.items():

@@ -36,17 +36,29 @@ class StepProfiler:
         self._runtime = runtime
         # The profiler writes to this machine only, and the run may be in a bucket.
         self._local: tempfile.TemporaryDirectory[str] | None = None
+        self._first: int | None = None
 
     def before(self, step: int) -> None:
         """To be called before a step is started."""
-        if self._steps is not None and step == self._steps[0]:
+        if self._local is None and self._steps is not None and self._steps[0] <= step <= self._steps[1]:
+            self._first = step
             self._local = tempfile.TemporaryDirectory()
             self._runtime.start_trace(self._local.name)
 
-    def after(self, step: int, num_steps: int) -> None:
-        """To be called after a step was started; ``num_steps`` ends the run."""
-        if self._local is None or self._steps is None or step < min(self._steps[1], num_steps):
-            return
+    def after(self, step: int) -> None:
+        """To be called after a step was started."""
+        if self._local is not None and self._steps is not None and step == self._steps[1]:
+            self._write(step)
+
+    def close(self, step: int) -> None:
+        """To be called after the last step of the run."""
+        if self._local is not None:
+            self._write(step)
+        elif self._steps is not None and self._first is None:
+            logger.warning("profile.steps: no step of %d to %d was run, nothing was traced", *self._steps)
+
+    def _write(self, last: int) -> None:
+        assert self._local is not None
         self._runtime.stop_trace()
         with self._local as local:
             for folder, _, names in os.walk(local):
@@ -55,4 +67,4 @@ class StepProfiler:
                     target = storage.join(self._target, *os.path.relpath(path, local).split(os.sep))
                     storage.write_bytes(target, storage.read_bytes(path))
         self._local = None
-        logger.info("traced steps %d to %d into %s", self._steps[0], step, self._target)
+        logger.info("traced steps %d to %d into %s", self._first, last, self._target)

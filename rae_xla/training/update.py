@@ -98,12 +98,14 @@ def make_update(
         with torch.no_grad():
             gradients, norm = clip_by_global_norm(gradients, config.clip_norm)
             rate = learning_rate_at(state["step"], config, steps_per_epoch)
+            # The learning rate follows the run, bias correction and EMA the updates that were made.
+            updates = state["step"] - state["skipped"]
             moments = state["first_moments"], state["second_moments"]
-            parameters, first, second = adamw(state["parameters"], gradients, *moments, state["step"], rate, config)
+            parameters, first, second = adamw(state["parameters"], gradients, *moments, updates, rate, config)
             finite = metrics["loss"].isfinite() & norm.isfinite()
             updated = {
                 "parameters": parameters,
-                "ema": update_ema(state["ema"], parameters, decay_at(state["step"], config)),
+                "ema": update_ema(state["ema"], parameters, decay_at(updates, config)),
                 "first_moments": first,
                 "second_moments": second,
             }

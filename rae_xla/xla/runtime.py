@@ -104,6 +104,8 @@ class XLARuntime:
 
     def start_trace(self, directory: str) -> None:
         """See `Runtime`."""
+        # Steps that were started before are not to be in it.
+        xm.wait_device_ops()
         profiler.start_trace(directory)
 
     def stop_trace(self) -> None:

@@ -61,8 +61,9 @@ class CompiledStep:
         tensors, spec = tree_flatten(inputs)
         first = self._traced is None
         if self._traced is None:
-            self._traced = _Inputs(inputs)
+            traced = _Inputs(inputs)
             self._trace(tensors, spec)
+            self._traced = traced
         else:
             self._traced.check(self.name, inputs, tensors, spec, self._known)
         assert self._replay is not None
@@ -103,7 +104,12 @@ class CompiledStep:
                 keep_sharding(old, new)
             return results
 
-        self._replay = extract_internal(_Traceable(traced, tensors))  # type: ignore[arg-type]
+        try:
+            self._replay = extract_internal(_Traceable(traced, tensors))  # type: ignore[arg-type]
+        except BaseException:
+            # What was traced so far hangs on placeholders, and the next synchronisation would try to compute it.
+            torch_xla._XLAC._clear_pending_irs(str(torch_xla.device()))
+            raise
         self.compile_seconds = time.perf_counter() - start
         logger.info("%s: traced and compiled in %.1f s", self.name, self.compile_seconds)
 
