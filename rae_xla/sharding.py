@@ -102,7 +102,7 @@ class Sharding:
         partition = self.parameter(name, shape)
         if self.parts(partition) == 1:
             return self.automatic(name, shape, *AXES)
-        if partition.count("fsdp") != 1 or "data" in partition:
+        if self.size("data") == 1 or "fsdp" not in partition or "data" in partition:
             return partition
         # Each part in parts of its own, so that no device needs another's.
         dim = partition.index("fsdp")

@@ -157,6 +157,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     run(tmp_path / "parts", 7)
     whole, parts = [(tmp_path / name / "judge" / "weights.safetensors").read_bytes() for name in ("whole", "parts")]
     assert whole == parts
+    saved = storage.read_tensors(
+        str(tmp_path / "whole" / "judge" / "checkpoints" / "step_00000007" / "state.safetensors"), ""
+    )
+    assert {"parameters/trunk.hidden.bias", "ema/head.bias", "second_moments/head.weight", "step"} <= set(saved)
     lines = read_metrics(str(tmp_path / "parts" / "judge" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 8))
     assert run(tmp_path / "parts", 7)["steps"] == 7
@@ -180,6 +184,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
         metrics.append(measured)
     # Read when the states that they were measured with are gone, as the log does.
     skipped = [int(runtime.to_host(measured)["skipped_updates"]) for measured in metrics]
+    # The first real update after them is the second one of AdamW and EMA.
+    twice = runtime.place_state(initial_state(module))
+    for value in (1.0, 2.0):
+        twice, _ = step(twice, frozen, runtime.place_batch({"x": torch.full((4, 3), value)}))
+    torch.testing.assert_close(states[3]["parameters"], runtime.to_host(twice)["parameters"])
     assert skipped == [0, 1, 2, 2] and [int(state["step"]) for state in states] == [1, 2, 3, 4]
     for part in ("parameters", "ema", "first_moments", "second_moments"):
         for name, value in states[0][part].items():

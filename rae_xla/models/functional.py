@@ -34,7 +34,7 @@ VECTORS = "vectors"
 
 def parameters_of(module: nn.Module) -> Tensors:
     """The parameters, detached and packed."""
-    return _join_vectors(_stack_blocks({name: parameter.detach() for name, parameter in module.named_parameters()}))
+    return packed({name: parameter.detach() for name, parameter in module.named_parameters()})
 
 
 def buffers_of(module: nn.Module) -> Tensors:
@@ -47,9 +47,14 @@ def tensors_of(module: nn.Module) -> Tensors:
     return {**parameters_of(module), **buffers_of(module)}
 
 
-def by_module_names(module: nn.Module, packed: Mapping[str, Tensor]) -> Tensors:
+def packed(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Values by their names in a module, packed."""
+    return _join_vectors(_stack_blocks(tensors))
+
+
+def by_module_names(module: nn.Module, values: Mapping[str, Tensor]) -> Tensors:
     """Packed values by their names in the module."""
-    return _unstack_blocks(_split_vectors(module, packed))
+    return _unstack_blocks(_split_vectors(module, values))
 
 
 def _stack_blocks(tensors: Mapping[str, Tensor]) -> Tensors:
@@ -92,10 +97,10 @@ def _join_vectors(stacked: Mapping[str, Tensor]) -> Tensors:
     return {**others, **vectors}
 
 
-def _split_vectors(module: nn.Module, packed: Mapping[str, Tensor]) -> Tensors:
+def _split_vectors(module: nn.Module, values: Mapping[str, Tensor]) -> Tensors:
     """What `_join_vectors` was given for this module."""
     shapes = _stack_blocks({name: parameter.detach().to("meta") for name, parameter in module.named_parameters()})
-    tensors = dict(packed)
+    tensors = dict(values)
     for prefix, names in _vectors(shapes).items():
         parts = tensors.pop(prefix + VECTORS).split([shapes[name].shape[-1] for name in names], dim=-1)
         tensors.update(zip(names, parts, strict=True))

@@ -20,6 +20,7 @@ from rae_xla.training import checkpoint
 from rae_xla.training.metrics import MetricsLog
 from rae_xla.training.profile import StepProfiler
 from rae_xla.training.same_run import begin_run, check_same_run, described
+from rae_xla.training.update import packed_state, state_by_names
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     if done:
         check_same_run(recipe, inputs, run_dir)
         start = done[-1]
-        state = checkpoint.load(directory, start, task.state)
+        state = packed_state(checkpoint.load(directory, start, state_by_names(task.module, task.state)))
         if start >= task.num_steps and storage.exists(storage.join(run_dir, REPORT_FILE)):
             logger.info("%s: already trained to step %d in %s", task.name, start, run_dir)
             return storage.read_json(storage.join(run_dir, REPORT_FILE))
@@ -89,7 +90,9 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
             log.flush()
             with log.timed("checkpoint"):
-                _save(directory, step, state, recipe.checkpoint.keep, runtime)
+                on_host = state_by_names(task.module, runtime.to_host(state))
+                if runtime.process_index == 0:
+                    checkpoint.save(directory, step, on_host, recipe.checkpoint.keep)
     profiler.close(task.num_steps)
     log.close()
 
@@ -111,9 +114,3 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         storage.write_tensors(recipe.path(recipe.weights_file), weights, about)
         storage.write_json(storage.join(run_dir, REPORT_FILE), report)
     return report
-
-
-def _save(directory: str, step: int, state: Any, keep: int, runtime: Runtime) -> None:
-    on_host = runtime.to_host(state)
-    if runtime.process_index == 0:
-        checkpoint.save(directory, step, on_host, keep)

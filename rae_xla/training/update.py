@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from rae_xla.errors import UserError
 from rae_xla.models.blocks import Blocks
-from rae_xla.models.functional import Tensors, call, parameters_of
+from rae_xla.models.functional import Tensors, by_module_names, call, packed, parameters_of
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.blocks import ComputeConfig, make_run_blocks
@@ -37,6 +37,16 @@ def initial_state(module: nn.Module) -> dict[str, Any]:
         "step": torch.zeros((), dtype=torch.int32),
         "skipped": torch.zeros((), dtype=torch.int32),
     }
+
+
+def state_by_names(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """A state with tensors by their names in the module, as checkpoints hold it: how values are packed may change."""
+    return {part: by_module_names(module, v) if isinstance(v, dict) else v for part, v in state.items()}
+
+
+def packed_state(state: dict[str, Any]) -> dict[str, Any]:
+    """What `state_by_names` was given."""
+    return {part: packed(value) if isinstance(value, dict) else value for part, value in state.items()}
 
 
 def make_update(

@@ -25,7 +25,8 @@ def device_scan(
 
     Raises:
         RuntimeError: ``body`` reads a tensor that it was not handed. What it closes over would become a constant of the
-            compiled step: the first batch's labels, for ever.
+            compiled step: the first batch's labels, for ever. A number (no dimensions) cannot be told from those in the
+            body's code, and does become one.
     """
     carries, carry_spec = tree_flatten(carry)
     all_rows, row_spec = tree_flatten(rows)
