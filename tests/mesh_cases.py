@@ -49,7 +49,7 @@ CASES = {
 
 def small_model() -> DiTDH:
     """Large enough to be split, and its output layer not zero, so that every gradient is there from the first step."""
-    sizes = {"width": 64, "depth": 2, "num_heads": 2, "head_width": 96, "head_depth": 2, "head_num_heads": 2}
+    sizes = {"width": 64, "depth": 2, "num_heads": 2, "head_width": 96, "head_depth": 1, "head_num_heads": 2}
     config = DiTDHConfig.model_validate(sizes)
     module = initialised(lambda: DiTDH(config, channels=LATENT_SHAPE[0], grid=LATENT_SHAPE[1], num_classes=10), 0)
     generator = torch.Generator().manual_seed(1)
@@ -78,7 +78,7 @@ def loss(model, frozen, batch):
 def run(case: Case, where: str) -> dict:
     runtime = create(where, MeshConfig(fsdp=case.fsdp), case.precision)
     compute = ComputeConfig(blocks=case.blocks, remat=case.remat, num_microbatches=case.num_microbatches)
-    optimizer = OptimizerConfig(num_epochs=1, learning_rate=2e-4, schedule="linear", ema_decay=0.9, ema_warmup=True)
+    optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-4, schedule="linear", ema_decay=0.9, ema_warmup=True)
     module = small_model()
     update = make_update(module, loss, optimizer, compute, float(NUM_STEPS), runtime)
     step = runtime.compile(update, "small")

@@ -35,6 +35,9 @@ def test_ten_updates_equal_those_of_plain_pytorch(num_devices: int, plain: dict,
         torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
         for part in ("parameters", "ema"):
             for key, value in plain["state"][part].items():
-                difference = (found["state"][part][key] - value).abs().max().item()
-                moved = (value - start[key]).abs().max().item()
-                assert difference <= 1e-5 and moved > 3e-4, (case, part, key, difference, moved)
+                difference, moved = (found["state"][part][key] - value).abs(), (value - start[key]).abs()
+                # AdamW makes updates of full size from gradients near zero, and so from their rounding: the largest
+                # difference is that of a few such elements.
+                largest, mean = difference.max().item(), difference.mean().item()
+                assert largest <= 1e-5 and mean <= 1e-7, (case, part, key, largest, mean)
+                assert moved.mean() > 1e-4, (part, key)
