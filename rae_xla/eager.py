@@ -41,7 +41,7 @@ class EagerRuntime:
 
     def place_state(self, state: Tree) -> Tree:
         """See `Runtime`. Copies, so that the host's tensors stay as they are."""
-        self.sharding.check_rules(state.get("parameters", ()))
+        self.sharding.check_rules(state.get("parameters", {}))
         return self.place_frozen(state)
 
     def place_frozen(self, tree: Tree) -> Tree:

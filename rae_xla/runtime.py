@@ -56,7 +56,7 @@ class Runtime(Protocol):
         """
 
     def place_frozen(self, tree: Tree) -> Tree:
-        """Tensors that no step changes onto the devices, split by the automatic rule."""
+        """Nested dicts of tensors that no step changes onto the devices, split by the automatic rule."""
 
     def place_batch(self, tree: Tree) -> Tree:
         """This process's part of a batch onto its devices, split over the mesh along the first dimension."""

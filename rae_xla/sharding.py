@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -133,13 +133,14 @@ class Sharding:
         axes = [axis for entry in partition if entry for axis in ([entry] if isinstance(entry, str) else entry)]
         return math.prod(self.size(axis) for axis in axes)
 
-    def check_rules(self, names: Iterable[str]) -> None:
-        """Raises a `UserError` that names the first rule that matches none of these parameters."""
-        known = list(names)
+    def check_rules(self, parameters: Mapping[str, Any]) -> None:
+        """Raises a `UserError` that names the first rule that matches none of these parameters, or does not fit one."""
         for pattern, _ in self.rules:
-            if not fnmatch.filter(known, pattern):
-                shown = ", ".join(known[:3])
+            if not fnmatch.filter(parameters, pattern):
+                shown = ", ".join(list(parameters)[:3])
                 raise UserError(f"mesh.rules: {pattern!r} matches no parameter; names are such as {shown}")
+        for name, tensor in parameters.items():
+            self.parameter(name, tensor.shape)
 
     def _by_rule(self, pattern: str, dims: tuple[Axis | None, ...], name: str, shape: Sequence[int]) -> Partition:
         stacked = is_stacked(name)

@@ -9,11 +9,17 @@ import json
 import sys
 from pathlib import Path
 
+import mesh_cases
 import torch
 
+from rae_xla.models.functional import buffers_of
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime, create
+from rae_xla.training import checkpoint
+from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.tasks import train
+from rae_xla.training.update import initial_state, make_update, packed_state, state_by_names
 
 ON_THE_MESH = ["mesh.fsdp=2", "checkpoint.every_steps=7", "log.every_steps=1", "train.schedule=constant"]
 
@@ -23,6 +29,33 @@ def trained(runtime: Runtime, root: Path, num_steps: int) -> bytes:
     report = train(load_recipe("recipes/quickstart/judge.yaml", overrides), runtime)
     assert report["steps"] == num_steps, report
     return (root / "judge" / "checkpoints" / f"step_{num_steps:08d}" / "state.safetensors").read_bytes()
+
+
+def diffusion_resumes(runtime: Runtime, directory: str) -> bool:
+    """Whether steps 8 to 10 from step 7's checkpoint are those of one run, with drawn noise and all that is scanned."""
+    module = mesh_cases.small_model()
+    optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-3, schedule="linear", ema_decay=0.9, ema_warmup=True)
+    compute = ComputeConfig(blocks="scan", remat="matmuls", num_microbatches=2)
+    update = make_update(module, mesh_cases.loss, optimizer, compute, 10.0, runtime)
+    step = runtime.compile(update, "diffusion")
+    frozen = runtime.place_frozen({"buffers": buffers_of(module)})
+
+    def state_after(state: dict, steps: range) -> dict:
+        state = runtime.place_state(packed_state(state))
+        for index in steps:
+            state, _ = step(state, frozen, runtime.place_batch(mesh_cases.batch(index)))
+        return state_by_names(module, runtime.to_host(state))
+
+    start = state_by_names(module, initial_state(module))
+    whole = state_after(start, range(10))
+    checkpoint.save(directory, 7, state_after(start, range(7)), keep=1)
+    resumed = state_after(checkpoint.load(directory, 7, start), range(7, 10))
+    return all(
+        torch.equal(value, resumed[part][name])
+        for part, tensors in whole.items()
+        if isinstance(tensors, dict)
+        for name, value in tensors.items()
+    )
 
 
 def complaint_about_sharding(runtime: Runtime) -> str:
@@ -49,6 +82,7 @@ if __name__ == "__main__":
     found = {
         "num_devices": runtime.num_devices,
         "resumed_is_whole": resumed == whole,
+        "diffusion_resumes": diffusion_resumes(runtime, str(directory / "diffusion")),
         "complaint": complaint_about_sharding(runtime),
     }
     (directory / "found.json").write_text(json.dumps(found))

@@ -32,7 +32,10 @@ class Case:
     remat: str = "none"
     num_microbatches: int = 1
     precision: str = "fp32"
+    rules: tuple = ()
 
+
+RULES = (("*.attention.qkv.weight", ("data", "fsdp")), ("head.*.mlp.*", ("fsdp", None)))
 
 CASES = {
     1: [
@@ -42,7 +45,7 @@ CASES = {
         Case(1, "scan", "matmuls", 2, "bf16"),
     ],
     2: [Case(1), Case(2, "scan", "block", 2)],
-    4: [Case(2, "list", "matmuls", 2), Case(4, "scan")],
+    4: [Case(2, "list", "matmuls", 2, rules=RULES), Case(4, "scan")],
     8: [Case(1), Case(2, "scan", "matmuls", 2), Case(4, "list", "block"), Case(8, "scan")],
 }
 
@@ -76,7 +79,7 @@ def loss(model, frozen, batch):
 
 
 def run(case: Case, where: str) -> dict:
-    runtime = create(where, MeshConfig(fsdp=case.fsdp), case.precision)
+    runtime = create(where, MeshConfig(fsdp=case.fsdp, rules=case.rules), case.precision)
     compute = ComputeConfig(blocks=case.blocks, remat=case.remat, num_microbatches=case.num_microbatches)
     optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-4, schedule="linear", ema_decay=0.9, ema_warmup=True)
     module = small_model()

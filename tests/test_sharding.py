@@ -94,9 +94,7 @@ def test_the_first_rule_that_matches_decides(largest: dict) -> None:
 def test_a_rule_that_does_not_fit_is_named(rule: list, message: str, largest: dict) -> None:
     sharding = Sharding((2, 4), MeshConfig.model_validate({"rules": [rule]}).rules)
     with pytest.raises(UserError, match=message):
-        sharding.check_rules(largest)
-        for name, size in largest.items():
-            sharding.parameter(name, size)
+        sharding.check_rules({name: torch.empty(size, device="meta") for name, size in largest.items()})
 
 
 def test_mesh_mistakes() -> None:
@@ -134,7 +132,7 @@ def on_eight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 def test_a_resumed_run_on_a_mesh_is_the_uninterrupted_one(on_eight: tuple[Path, dict]) -> None:
     _, found = on_eight
-    assert found["num_devices"] == 8 and found["resumed_is_whole"]
+    assert found["num_devices"] == 8 and found["resumed_is_whole"] and found["diffusion_resumes"]
 
 
 def test_another_sharding_is_an_error_that_names_the_input(on_eight: tuple[Path, dict]) -> None:

@@ -63,7 +63,7 @@ class XLARuntime:
 
     def place_state(self, state: Tree) -> Tree:
         """See `Runtime`."""
-        self.sharding.check_rules(state.get("parameters", ()))
+        self.sharding.check_rules(state.get("parameters", {}))
 
         def put(path: Any, tensor: Tensor) -> Tensor:
             return self._put(tensor, self.sharding.of_state([entry.key for entry in path], tensor.shape))
