@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 from rae_xla.precision import Precision, compute_dtype, effective_precision
-from rae_xla.runtime import ScanBody, Tree
+from rae_xla.runtime import CountedProgram, ScanBody, Tree
 from rae_xla.sharding import MeshConfig, Sharding
 
 
@@ -88,6 +89,39 @@ class EagerRuntime:
     def stop_trace(self) -> None:
         """See `Runtime`."""
         self._trace.stop()
+
+
+class CountingRuntime(EagerRuntime):
+    """`EagerRuntime` on the meta device: its steps raise a `CountedProgram`."""
+
+    def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+        super().__init__(mesh, precision)
+        self._device = torch.device("meta")
+        self._counter = FlopCounterMode(display=False)
+        self._in_loops = 0.0
+
+    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> EagerStep:
+        """See `Runtime`."""
+
+        def counted(state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
+            with self._counter:
+                function(state, frozen, batch)
+            flops = self._counter.get_total_flops() + self._in_loops
+            raise CountedProgram(tree_leaves(batch)[0].shape[0], flops)
+
+        return EagerStep(counted, name)
+
+    def scan(
+        self, body: ScanBody, carry: Tree, rows: Tree, invariants: Tree, *, reverse: bool = False
+    ) -> tuple[Tree, Tree]:
+        """See `Runtime`. The body is run once, and counted for each row."""
+        before = self._counter.get_total_flops() + self._in_loops
+        first = tree_map_only(Tensor, itemgetter(slice(1)), rows)
+        carry, outputs = super().scan(body, carry, first, invariants)
+        once = self._counter.get_total_flops() + self._in_loops - before
+        num_rows = len(tree_leaves(rows)[0])
+        self._in_loops += (num_rows - 1) * once
+        return carry, tree_map_only(Tensor, lambda made: made.expand(num_rows, *made.shape[1:]), outputs)
 
 
 class EagerStep:

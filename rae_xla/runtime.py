@@ -9,6 +9,7 @@ A tree is a nested dict, list or tuple of tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -90,24 +91,62 @@ class Runtime(Protocol):
         """Wait for the steps that were started and write the trace into the directory, on this machine."""
 
 
-def create(name: Literal["xla", "eager"], mesh: MeshConfig, precision: Precision) -> Runtime:
+@dataclass(frozen=True)
+class TracedArgument:
+    """An argument of a traced program: which tensor it is, how it is split, and the output that takes its place."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    sharding: str
+    replaced_by: int | None
+
+
+class TracedProgram(BaseException):
+    """Raised by a step of the ``tracing`` runtime in place of running: nothing that catches errors is to catch it.
+
+    ``num_images``: rows of the batch, on all devices together. ``arguments``: in the order of the program's.
+    """
+
+    def __init__(self, name: str, num_images: int, hlo: bytes, arguments: list[TracedArgument]) -> None:
+        super().__init__(name)
+        self.name = name
+        self.num_images = num_images
+        self.hlo = hlo
+        self.arguments = arguments
+
+
+class CountedProgram(BaseException):
+    """Raised by a step of the ``counting`` runtime: floating-point operations of its products for ``num_images``."""
+
+    def __init__(self, num_images: int, flops: float) -> None:
+        super().__init__()
+        self.num_images = num_images
+        self.flops = flops
+
+
+def create(name: Literal["xla", "eager", "tracing", "counting"], mesh: MeshConfig, precision: Precision) -> Runtime:
     """The runtime of this name, on all devices of this machine or slice.
+
+    Two run nothing: ``tracing`` has the programs of ``xla``, see `TracedProgram`, ``counting`` those of ``eager``, see
+    `CountedProgram`.
 
     Raises:
         UserError: the mesh does not fit the devices, or torch_xla is not installed.
     """
-    if name == "eager":
-        from rae_xla.eager import EagerRuntime
+    if name in ("eager", "counting"):
+        from rae_xla.eager import CountingRuntime, EagerRuntime
 
-        return EagerRuntime(mesh, precision)
+        return (EagerRuntime if name == "eager" else CountingRuntime)(mesh, precision)
     from rae_xla.xla.start import choose_device
 
     choose_device()
     try:
         from rae_xla.xla.runtime import XLARuntime
+        from rae_xla.xla.tracing import TracingRuntime
     except ImportError as error:
         raise UserError(f"runtime: xla needs torch_xla ({error}); install it or say runtime=eager") from error
-    return XLARuntime(mesh, precision)
+    return TracingRuntime(mesh, precision) if name == "tracing" else XLARuntime(mesh, precision)
 
 
 def check_batch_size(batch_size: int, runtime: Runtime, key: str) -> None:

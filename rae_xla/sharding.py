@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from rae_xla.config import Config
@@ -130,8 +131,19 @@ class Sharding:
 
     def parts(self, partition: Partition) -> int:
         """How many different parts a tensor with this partition has."""
-        axes = [axis for entry in partition if entry for axis in ([entry] if isinstance(entry, str) else entry)]
-        return math.prod(self.size(axis) for axis in axes)
+        return math.prod(self.size(axis) for entry in partition for axis in _axes(entry))
+
+    def as_hlo(self, partition: Partition) -> str:
+        """The partition as the compiler's programs write it."""
+        if self.parts(partition) == 1:
+            return "{replicated}"
+        split = [AXES.index(axis) for entry in partition for axis in _axes(entry)]
+        whole = [axis for axis in range(len(AXES)) if axis not in split]
+        copies = math.prod(self.shape[axis] for axis in whole)
+        tiles = [self.parts((entry,)) for entry in partition] + ([copies] if copies > 1 else [])
+        devices = np.arange(math.prod(self.shape)).reshape(self.shape).transpose(split + whole).flatten()
+        dims, order = ",".join(map(str, tiles)), ",".join(map(str, devices))
+        return f"{{devices=[{dims}]{order}{' last_tile_dim_replicate' if copies > 1 else ''}}}"
 
     def check_rules(self, parameters: Mapping[str, Any]) -> None:
         """Raises a `UserError` that names the first rule that matches none of these parameters, or does not fit one."""
@@ -151,6 +163,10 @@ class Sharding:
             if axis is not None and size % self.size(axis):
                 raise UserError(f"mesh.rules: {pattern!r}: {size} of {name} {own} does not divide by {axis}")
         return (None, *dims) if stacked else dims
+
+
+def _axes(entry: Axis | tuple[Axis, ...] | None) -> tuple[Axis, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def is_stacked(name: str) -> bool:
@@ -189,9 +205,5 @@ def _gib(tensor: Any) -> float:
 
 
 def _described(partition: Partition) -> str:
-    split = [
-        f"dim {dim} over {entry if isinstance(entry, str) else ' x '.join(entry)}"
-        for dim, entry in enumerate(partition)
-        if entry
-    ]
+    split = [f"dim {dim} over {' x '.join(_axes(entry))}" for dim, entry in enumerate(partition) if entry]
     return ", ".join(split) or "whole"

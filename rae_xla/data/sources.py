@@ -26,7 +26,7 @@ class DataConfig(Config):
     ``num_images``: only the first so many of the training split, to overfit on; ``null`` takes all.
     """
 
-    source: Literal["digits"]
+    source: Literal["digits", "synthetic"]
     image_size: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     random_shift_pixels: int = Field(default=0, ge=0)
@@ -75,6 +75,14 @@ def _digits(image_size: int, split: Split) -> ImageSet:
     return ImageSet(images=np.repeat(enlarged[..., None], 3, axis=3), labels=labels.astype(np.int64), num_classes=10)
 
 
+def _synthetic(image_size: int, split: Split) -> ImageSet:
+    """One image of noise, as often as ImageNet-1k has images, with its 1,000 labels: to measure all but the input."""
+    num_images, num_classes = {"train": 1_281_167, "heldout": 50_000}[split], 1000
+    noise = np.random.default_rng(SPLIT_SEED).integers(256, size=(image_size, image_size, 3), dtype=np.uint8)
+    images = np.broadcast_to(noise, (num_images, *noise.shape))
+    return ImageSet(images=images, labels=np.arange(num_images) % num_classes, num_classes=num_classes)
+
+
 def num_classes_of(config: DataConfig) -> int:
     """The number of labels of the source, known without opening it."""
     return SOURCES[config.source].num_classes
@@ -88,4 +96,7 @@ class Source:
     num_classes: int
 
 
-SOURCES = {"digits": Source(open=_digits, num_classes=10)}
+SOURCES = {
+    "digits": Source(open=_digits, num_classes=10),
+    "synthetic": Source(open=_synthetic, num_classes=1000),
+}

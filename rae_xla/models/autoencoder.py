@@ -16,7 +16,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.convert.files import read_weights
 from rae_xla.models.decoder import Decoder, DecoderConfig
 from rae_xla.models.encoders import Encoder, EncoderConfig, load_encoder
-from rae_xla.models.loading import load_weights, on_meta, required_path
+from rae_xla.models.loading import load_weights, on_meta, required_path, values_wanted
 from rae_xla.models.pretrained import pretrained_weights
 
 STATS_EPS = 1e-5
@@ -109,6 +109,8 @@ def encoder_weights_path(config: AutoencoderConfig, root: str, process_index: in
         UserError: none is named and none is published, or it cannot be fetched.
     """
     key, encoder = "autoencoder.encoder.weights", config.encoder
+    if not values_wanted():
+        return ""
     if encoder.weights is not None:
         return storage.resolve(root, encoder.weights)
     if encoder.has_own_sizes:
@@ -131,7 +133,7 @@ def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:
 
 
 def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> None:
-    if config.latent_stats is None:
+    if config.latent_stats is None or not values_wanted():
         return
     key = "autoencoder.latent_stats"
     path = storage.resolve(root, config.latent_stats)

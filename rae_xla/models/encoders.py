@@ -30,7 +30,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.convert.encoders import features_only, is_port, timm_from_port
 from rae_xla.models.convert.files import read_weight_file
 from rae_xla.models.layers import LayerNorm
-from rae_xla.models.loading import assign_weights, on_meta
+from rae_xla.models.loading import assign_weights, on_meta, values_wanted
 from rae_xla.models.resize import resize_bicubic
 
 
@@ -221,6 +221,8 @@ def load_encoder(config: EncoderConfig, path: str, key: str) -> Encoder:
         UserError: the file is unreadable or of another model; names ``key``, the file and the difference.
     """
     encoder = on_meta(lambda: Encoder(config))
+    if not values_wanted():
+        return encoder.requires_grad_(False)
     tensors = read_weight_file(path, key).tensors
     try:
         tensors = timm_from_port(tensors) if is_port(tensors) else tensors

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -18,9 +20,28 @@ from rae_xla.models.dit_dh import DiTDH
 
 M = TypeVar("M", bound=nn.Module)
 
+_without_values: ContextVar[bool] = ContextVar("without_values", default=False)
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Modules that are made or loaded inside have shapes only, on the meta device; no file is looked for."""
+    token = _without_values.set(True)
+    try:
+        yield
+    finally:
+        _without_values.reset(token)
+
+
+def values_wanted() -> bool:
+    """False inside `without_values`."""
+    return not _without_values.get()
+
 
 def initialised(make: Callable[[], M], seed: int) -> M:
     """``make()`` and its ``init_weights`` under this seed, leaving the global random state as it was."""
+    if not values_wanted():
+        return on_meta(make).requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = make()
@@ -42,6 +63,8 @@ def required_path(weights: str | None, root: str, key: str) -> str:
     Raises:
         UserError: they are not named.
     """
+    if not values_wanted():
+        return ""
     if weights is None:
         raise UserError(f"{key}: required here; give a safetensors file, or a released .pt")
     return storage.resolve(root, weights)
@@ -53,6 +76,8 @@ def load_weights(module: nn.Module, path: str, key: str, backbone_depth: int | N
     Raises:
         UserError: unreadable, or keys, shapes, grid or heads differ; names ``key``, the file and the difference.
     """
+    if not values_wanted():
+        return
     file = read_weights(path, key, backbone_depth)
     assign_weights(module, file.tensors, path, key)
     # Grid and heads show in no weight: another grid's would load, and make noise.

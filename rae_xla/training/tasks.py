@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rae_xla.models.loading import without_values
 from rae_xla.recipe import AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, TrainingRecipe
 from rae_xla.runtime import Runtime, check_batch_size
 from rae_xla.sharding import explained
@@ -18,7 +19,7 @@ TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
 
 def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
     """Run a training recipe to its end and return its report; what it reads is checked before anything is written."""
-    return run_training(_task(recipe, runtime), recipe, runtime)
+    return run_training(task_of(recipe, runtime), recipe, runtime)
 
 
 def explain_mesh(recipe: TrainingRecipe, runtime: Runtime) -> str:
@@ -27,12 +28,14 @@ def explain_mesh(recipe: TrainingRecipe, runtime: Runtime) -> str:
     Raises:
         UserError: a sharding rule does not fit.
     """
-    task = _task(recipe, runtime)
+    with without_values():
+        task = task_of(recipe, runtime)
     runtime.sharding.check_rules(task.state["parameters"])
     return explained(runtime.sharding, task.state, task.frozen)
 
 
-def _task(recipe: TrainingRecipe, runtime: Runtime) -> TrainingTask:
+def task_of(recipe: TrainingRecipe, runtime: Runtime) -> TrainingTask:
+    """What the recipe trains, checked against the devices."""
     check_batch_size(recipe.data.batch_size, runtime, "data.batch_size")
     check_microbatches(recipe, runtime)
     if isinstance(recipe, ClassifierRecipe):

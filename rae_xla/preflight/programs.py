@@ -1,0 +1,102 @@
+"""The compiled programs of a recipe, by name, each run by the code that its tool runs, without weights.
+
+A program is started on a runtime whose steps do not run, but raise what is wanted of them: `TracedProgram` by
+``tracing``, `CountedProgram` by ``counting``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from rae_xla.data.loader import TrainingBatches
+from rae_xla.errors import UserError
+from rae_xla.evaluation.generation import Sampler
+from rae_xla.evaluation.latent_stats import latent_stats
+from rae_xla.evaluation.reconstruction import reconstruct
+from rae_xla.models.loading import without_values
+from rae_xla.recipe import (
+    CommonRecipe,
+    DiffusionRecipe,
+    LatentStatsRecipe,
+    ReconstructionRecipe,
+    SamplingRecipe,
+    TrainingRecipe,
+)
+from rae_xla.runtime import CountedProgram, Runtime, TracedProgram, create
+from rae_xla.sharding import MeshConfig
+from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.tasks import task_of
+
+RECONSTRUCTED_PER_DEVICE = 8
+
+
+def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
+    """How each program of the recipe is started.
+
+    Raises:
+        UserError: the recipe's task compiles nothing that is known here.
+    """
+    programs: dict[str, Callable[[Runtime], Any]] = {}
+    if isinstance(recipe, TrainingRecipe):
+        programs["train"] = lambda runtime: _train(recipe, runtime)
+    if isinstance(recipe, DiffusionRecipe | SamplingRecipe):
+        programs["sample"] = lambda runtime: _sample(recipe, runtime)
+    if isinstance(recipe, LatentStatsRecipe):
+        programs["latent_stats"] = lambda runtime: latent_stats(recipe, runtime)
+    if isinstance(recipe, ReconstructionRecipe):
+        programs["reconstruct"] = lambda runtime: _reconstruct(recipe, runtime)
+    if not programs:
+        raise UserError(f"task: {recipe.task!r} has no program to look at")
+    return programs
+
+
+def traced(recipe: CommonRecipe, program: str) -> TracedProgram:
+    """What a slice with as many chips as there are virtual devices would compile.
+
+    Raises:
+        UserError: the recipe does not fit the devices.
+    """
+    runtime = create("tracing", recipe.mesh, recipe.precision)
+    try:
+        _start(recipe, program, runtime)
+    except TracedProgram as found:
+        return found
+    raise AssertionError("no step was called")
+
+
+def flops_per_image(recipe: CommonRecipe, program: str) -> float:
+    """Of the matrix products and convolutions that the model itself has, two a multiply-add, nothing computed twice."""
+    if isinstance(recipe, TrainingRecipe):
+        recipe = recipe.model_copy(update={"compute": ComputeConfig()})
+    runtime = create("counting", MeshConfig(), recipe.precision)
+    try:
+        _start(recipe, program, runtime)
+    except CountedProgram as found:
+        return found.flops / found.num_images
+    raise AssertionError("no step was called")
+
+
+def _start(recipe: CommonRecipe, program: str, runtime: Runtime) -> None:
+    with without_values():
+        programs_of(recipe)[program](runtime)
+
+
+def _train(recipe: TrainingRecipe, runtime: Runtime) -> None:
+    task = task_of(recipe, runtime)
+    batch = TrainingBatches(task.images, recipe.data, recipe.seed, 0, 1).batch(0)
+    state, frozen = runtime.place_state(task.state), runtime.place_frozen(task.frozen)
+    runtime.compile(task.update, task.name)(state, frozen, runtime.place_batch(batch))
+
+
+def _sample(recipe: DiffusionRecipe | SamplingRecipe, runtime: Runtime) -> None:
+    labels = np.zeros(recipe.sampler.batch_size, dtype=np.int64)
+    Sampler(recipe, runtime).sample(labels, recipe.seed)
+
+
+def _reconstruct(recipe: ReconstructionRecipe, runtime: Runtime) -> None:
+    size = recipe.autoencoder.image_size
+    images = np.zeros((RECONSTRUCTED_PER_DEVICE * runtime.num_devices, size, size, 3), dtype=np.uint8)
+    reconstruct(recipe.autoencoder, recipe.root, images, len(images), runtime)

@@ -1,0 +1,45 @@
+"""Traces one program of a recipe in a process of its own: it needs as many virtual devices as the slice has chips.
+
+``python -m rae_xla.preflight.trace_worker JOB``: JOB is a folder with ``job.json``, which gets ``traced.json`` and
+``program.pb``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rae_xla.errors import UserError
+
+USER_ERROR = 2
+
+
+def main(directory: Path) -> None:
+    """Trace, and write what was found."""
+    from rae_xla.preflight.programs import traced
+    from rae_xla.recipe import load_recipe
+
+    job = json.loads((directory / "job.json").read_text())
+    recipe = load_recipe(job["recipe"], job["overrides"])
+    start = time.perf_counter()
+    program = traced(recipe, job["program"])
+    seconds = time.perf_counter() - start
+    (directory / "program.pb").write_bytes(program.hlo)
+    about = {
+        "name": program.name,
+        "arguments": [asdict(argument) for argument in program.arguments],
+        "num_images": program.num_images,
+        "seconds": seconds,
+    }
+    (directory / "traced.json").write_text(json.dumps(about))
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(USER_ERROR)

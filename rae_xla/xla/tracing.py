@@ -1,0 +1,84 @@
+"""A runtime that runs nothing: the first compiled step that is called is traced, and what it would compile is kept.
+
+Tensors are shapes, so a model of any size is traced on as many virtual devices as a slice has chips, in little memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch_xla
+import torch_xla.core.xla_builder as xb
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from rae_xla.precision import Precision
+from rae_xla.runtime import TracedArgument, TracedProgram, Tree
+from rae_xla.sharding import MeshConfig, Partition
+from rae_xla.xla.runtime import XLARuntime
+
+
+class TracingRuntime(XLARuntime):
+    """`XLARuntime` with shapes for tensors: ``compile`` gives steps that raise a `TracedProgram`."""
+
+    def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+        super().__init__(mesh, precision)
+        self.partitions: Any = WeakTensorKeyDictionary()
+
+    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> Any:
+        """See `Runtime`."""
+        return TracingStep(function, name, self)
+
+    def marked_as(self, tensor: Tensor, partition: Partition) -> None:
+        """Have an output lie so."""
+        torch_xla._XLAC._xla_mark_sharding(tensor, self._mesh.devices.get_op_sharding(partition))
+
+    def _put(self, tensor: Tensor, partition: Partition, *, per_process: bool = False) -> Tensor:
+        placeholder: Tensor = xb.create_placeholder_tensor(tensor.shape, tensor.dtype)
+        self.partitions[placeholder] = partition
+        return placeholder
+
+
+class TracingStep:
+    """Traces ``function(state, frozen, batch) -> (state, outputs)`` as `CompiledStep` does."""
+
+    def __init__(
+        self, function: Callable[[Any, Any, Any], tuple[Any, Any]], name: str, runtime: TracingRuntime
+    ) -> None:
+        self.name = name
+        self.compile_seconds: float | None = None
+        self.wait_seconds = 0.0
+        self._function = function
+        self._runtime = runtime
+
+    def __call__(self, state: Any, frozen: Any, batch: Any) -> tuple[Any, Any]:
+        """Raises a `TracedProgram`."""
+        inputs, spec = tree_flatten_with_path({"state": state, "frozen": frozen, "batch": batch})
+        given = tree_unflatten([tensor for _, tensor in inputs], spec)
+        new_state, outputs = self._function(given["state"], given["frozen"], given["batch"])
+        num_state = len(tree_flatten(new_state)[0])
+        results = tree_flatten((new_state, outputs))[0]
+        partitions = self._runtime.partitions
+        for (_, old), new in zip(inputs[:num_state], results, strict=False):
+            self._runtime.marked_as(new, partitions[old])
+        context = torch_xla._XLAC.lowering.LoweringContext(self.name)
+        context.build(results)
+        parameters = dict(context.device_parameter_id_tensor_mapping())
+        arguments = [
+            TracedArgument("a number in the code", list(t.shape), str(t.dtype), "{replicated}", None)
+            for _, t in sorted(parameters.items())
+        ]
+        sharding = self._runtime.sharding
+        for index, (path, tensor) in enumerate(inputs):
+            parameter = context.tensor_parameter_id(tensor)
+            if parameter >= 0:
+                arguments[parameter] = TracedArgument(
+                    name=f"{path[0].key}{keystr(path[1:])}",
+                    shape=list(tensor.shape),
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    sharding=sharding.as_hlo(partitions[tensor]),
+                    replaced_by=index if index < num_state else None,
+                )
+        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], context.hlo(), arguments)
