@@ -77,6 +77,10 @@ class EagerRuntime:
         """See `Runtime`. There is one device."""
         return tensor
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """See `Runtime`. It is."""
+        return tensor
+
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
         return tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), tree)

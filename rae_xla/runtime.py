@@ -81,6 +81,12 @@ class Runtime(Protocol):
     def split_batch(self, tensor: Tensor) -> Tensor:
         """The same values, and word to the compiler that the first dimension lies like a batch's; with gradients."""
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """The same values, and word to the compiler that each device needs all of them: a parameter, where it is used.
+
+        Left to itself it splits products along a parameter's parts, and moves activations in place of parameters.
+        """
+
     def to_host(self, tree: Tree) -> Tree:
         """Values on the host; waits for them."""
 

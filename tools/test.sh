@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 case "${1:-}" in -h | --help) sed -n 's/^# //p' "$0"; exit ;; esac
-ensure_environment dev
+ensure_environment dev preflight
 cd "$project"
 export PATH="$project/.venv/bin:$PATH"
 ruff format --check .

@@ -158,7 +158,7 @@ class Sampler:
         return sampling_times(config.num_grid_points, self.shift, end_at_zero=config.end_at_zero)
 
     def _call(self, module: Any, tensors: Any, *arguments: Tensor) -> Tensor:
-        return call(module, tensors, self._runtime.compute_dtype, *arguments)
+        return call(module, tensors, self._runtime.compute_dtype, *arguments, whole=self._runtime.whole)
 
     def _velocity(self, weights: Any) -> Velocity:
         def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -54,7 +54,8 @@ def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tenso
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
 
     def encode(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"features": call(encoder, frozen, runtime.compute_dtype, to_unit(batch["images"]))}
+        images = to_unit(batch["images"])
+        return {"features": call(encoder, frozen, runtime.compute_dtype, images, whole=runtime.whole)}
 
     moments: Moments | None = None
     columns = {"images": images.images}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -118,12 +118,18 @@ def _vectors(stacked: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 
 def call(
-    module: nn.Module, tensors: Tensors, dtype: torch.dtype, *arguments: Any, run_blocks: RunBlocks | None = None
+    module: nn.Module,
+    tensors: Tensors,
+    dtype: torch.dtype,
+    *arguments: Any,
+    whole: Callable[[Tensor], Tensor] | None = None,
+    run_blocks: RunBlocks | None = None,
 ) -> Tensor:
     """``module(*arguments)`` with these packed values.
 
-    Parameters are cast to ``dtype``, but for those of norms; buffers stay float32. ``run_blocks`` runs the `Blocks`
-    inside; by default they run one after the other.
+    Parameters are cast to ``dtype``, but for those of norms; buffers stay float32. ``whole`` is what is done to a
+    tensor after that, before it is used: `Runtime.whole`. ``run_blocks`` runs the `Blocks` inside, whose parameters it
+    gets as they are; by default they run one after the other.
     """
     computed = _names_in_dtype(module)
     split = _split_vectors(module, tensors)
@@ -136,8 +142,11 @@ def call(
             if not own:
                 raise ValueError(f"{path}: its blocks are not alike, so they run by themselves only")
             running[blocks] = partial(_run, run_blocks, blocks[0], own)
+    used = _unstack_blocks(values)
+    if whole is not None:
+        used = {name: whole(value) for name, value in used.items()}
     with _run_by(running):
-        return functional_call(module, _unstack_blocks(values), arguments)
+        return functional_call(module, used, arguments)
 
 
 def _run(run_blocks: RunBlocks, block: nn.Module, values: Tensors, x: Tensor, *shared: Tensor) -> Tensor:

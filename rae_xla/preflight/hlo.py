@@ -226,6 +226,34 @@ class Module:
         home = {id(i): c for c in self.computations.values() for i in c.instructions}
         return sum(times * self.flops(instruction, home[id(instruction)]) for instruction, times in self.runs())
 
+    def has_products(self, name: str) -> bool:
+        """Whether a computation, or one it calls, multiplies matrices."""
+        instructions = self.computations[name].instructions
+        return any(
+            i.opcode in ("convolution", "dot") or (i.opcode == "fusion" and self.has_products(i.called[0]))
+            for i in instructions
+        )
+
+    def only(self, name: str, opcodes: tuple[str, ...]) -> bool:
+        """Whether a computation, and those it calls, has these instructions only, and names for what is there."""
+        return all(
+            self.only(i.called[0], opcodes)
+            if i.opcode == "fusion"
+            else i.opcode in opcodes or i.opcode in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+            for i in self.computations[name].instructions
+        )
+
+    def padding_share(self) -> float:
+        """Of the bytes that the program writes to HBM, those that fill tiles."""
+        written, needed = 0, 0
+        for instruction, times in self.runs():
+            if instruction.opcode in ("fusion", "copy", "convolution"):
+                for array in instruction.arrays:
+                    if array.memory == 0:
+                        written += times * array.bytes
+                        needed += times * array.num_elements * ITEM_BITS[array.dtype] // 8
+        return 1 - needed / written if written else 0.0
+
     @property
     def argument_bytes(self) -> int:
         """What the arguments take of HBM."""
@@ -361,7 +389,13 @@ def _window(attributes: str, num_dims: int) -> tuple[list[int], list[int], list[
 def _valid_positions(
     num_inputs: int, num_outputs: int, size: int, stride: int, pad: int, input_dilation: int, kernel_dilation: int
 ) -> int:
-    if stride == 1 and pad == 0 and input_dilation == 1 and kernel_dilation == 1 and num_outputs + size - 1 == num_inputs:
+    if (
+        stride == 1
+        and pad == 0
+        and input_dilation == 1
+        and kernel_dilation == 1
+        and num_outputs + size - 1 == num_inputs
+    ):
         return num_outputs * size
     last = (num_inputs - 1) * input_dilation
     count = 0

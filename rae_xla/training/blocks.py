@@ -43,14 +43,15 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     """The way that ``config`` says, for `rae_xla.models.functional.call`.
 
     Block outputs, and shared inputs that need a gradient, which tables do not, are marked as lying like the batch: left
-    to itself the compiler gathers them in a scan.
+    to itself the compiler gathers them in a scan. A block's parameters are made whole inside it, so that what is
+    computed again gathers them again.
     """
 
     def run(block: nn.Module, values: dict[str, Tensor], x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
         names = list(values)
 
         def function(x: Tensor, *others: Tensor) -> Tensor:
-            own = dict(zip(names, others[len(shared) :], strict=True))
+            own = {n: runtime.whole(value) for n, value in zip(names, others[len(shared) :], strict=True)}
             given = [runtime.split_batch(t) if t.requires_grad else t for t in others[: len(shared)]]
             return runtime.split_batch(functional_call(block, own, (x, *given)))
 

@@ -34,6 +34,11 @@ class Mesh:
         marked: Tensor = _Marked.apply(tensor, self.devices, partition)
         return marked
 
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The same values, and word to the compiler that they are to be whole on each device; not so the gradient."""
+        gathered: Tensor = _Gathered.apply(tensor, self.devices)
+        return gathered
+
 
 def keep_sharding(old: Tensor, new: Tensor) -> None:
     """Have a result of a step lie as what it replaces."""
@@ -70,6 +75,17 @@ class _Marked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _copy_at(gradient, *ctx.where), None, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, devices: xs.Mesh) -> Tensor:
+        return _copy_at(tensor, devices, (None,) * tensor.ndim)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        # Summed over the batch's parts and split as the parameter is, whichever way the compiler finds best.
+        return gradient, None
 
 
 def _copy_at(tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:

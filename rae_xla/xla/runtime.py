@@ -98,6 +98,12 @@ class XLARuntime:
         """See `Runtime`."""
         return self._mesh.marked(tensor, self.sharding.batch(tensor.ndim))
 
+    def whole(self, tensor: Tensor) -> Tensor:
+        """See `Runtime`. Vectors are never split."""
+        if self.num_devices == 1 or tensor.ndim < 2:
+            return tensor
+        return self._mesh.gathered(tensor)
+
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
         return tree_map_only(Tensor, lambda tensor: tensor.cpu(), tree)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ NOT_IN_ENVIRONMENT = ("TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
 
 
 def compile_program(directory: Path) -> dict[str, Any]:
-    """What the compiler says: seconds, memory a chip in bytes, devices' coordinates, or the error of a lack of memory."""
+    """What the compiler says: seconds, bytes a chip, where the devices are, or that the program is too large."""
     import numpy as np
     from jax._src import compiler
     from jax._src.lib import xla_client
@@ -65,7 +67,8 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
     from jaxlib.mlir import ir
 
     with mlir.make_ir_context():
-        module = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(hlo))
+        parsed = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(hlo))
+        module = ir.Module.parse(_at_our_lines(parsed.operation.get_asm(enable_debug_info=True)))
         main = next(op for op in module.body.operations if op.attributes["sym_name"].value == "main")
         attributes = []
         for argument in arguments:
@@ -78,6 +81,32 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
         bytecode = io.BytesIO()
         module.operation.write_bytecode(bytecode)
         return bytecode.getvalue()
+
+
+def _at_our_lines(text: str) -> str:
+    """A module's text with every chain of calls cut to its innermost line in this project.
+
+    The compiler passes on one line for an operation, the innermost, which is PyTorch's own.
+    """
+    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, flags=re.MULTILINE))
+
+    @cache
+    def ours(name: str) -> str | None:
+        content = locations.get(name, "")
+        chain = re.fullmatch(r"callsite\((#loc\d*) at (#loc\d*)\)", content)
+        if chain:
+            return ours(chain[1]) or ours(chain[2])
+        named = re.fullmatch(r'"[^"]*"\((#loc\d*)\)', content)
+        if named:
+            return ours(named[1])
+        found = re.fullmatch(r'"[^"]*/(rae_xla/[^"]*)":(\d+).*', content)
+        return f'"{found[1]}":{found[2]}:0' if found else None
+
+    def cut(line: re.Match[str]) -> str:
+        found = ours(line[1]) if line[2].startswith("callsite") else None
+        return f"{line[1]} = loc({found})" if found else line[0]
+
+    return re.sub(r"^(#loc\d*) = loc\((.*)\)$", cut, text, flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

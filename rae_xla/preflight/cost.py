@@ -1,0 +1,134 @@
+"""What a compiled program costs on its slice: facts of the compiler, and what follows from them by estimate."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from rae_xla.preflight.estimate import Estimate, Estimator
+from rae_xla.preflight.hlo import Instruction, Module
+from rae_xla.preflight.run import Compiled
+
+GIB = 2**30
+# What moves values without computing any.
+_MOVES = ("copy", "reshape", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast")
+_TOP = 20
+_LARGEST = 6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """``result`` is what ``--json`` holds of it."""
+
+    result: dict[str, Any]
+    estimate: Estimate | None
+    module: Module | None
+
+
+def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int | None = None) -> Cost:
+    """``flops_per_image``: the model's own. ``num_images_of_run``: trained on in the recipe's whole run."""
+    topology, chip = compiled.job.topology, compiled.job.topology.chip
+    num_images = compiled.traced["num_images"]
+    model_flops = flops_per_image * num_images / topology.num_chips
+    result: dict[str, Any] = {
+        "name": compiled.job.program,
+        "topology": topology.name,
+        "num_chips": topology.num_chips,
+        "num_images": num_images,
+        "images_per_chip": num_images / topology.num_chips,
+    }
+    if "too_large" in compiled.compiled:
+        used, largest = refusal(compiled.compiled["too_large"])
+        result |= {
+            "fits": False,
+            "hbm_gib": {"peak": used, "capacity": chip.hbm_gib},
+            "largest_allocations": largest,
+            "flops_per_chip": {"model": model_flops},
+            "seconds": {"compile": compiled.compiled["seconds"]},
+        }
+        return Cost(result, None, None)
+    module = Module(compiled.hlo)
+    estimate = Estimator(module, topology, compiled.compiled["coordinates"]).estimate()
+    sizes = {name: size / GIB for name, size in compiled.compiled["bytes"].items()}
+    peak = sizes["arguments"] + sizes["temporaries"] + sizes["outputs"] - sizes["aliased"] + sizes["code"]
+    flops = module.total_flops()
+    images_per_second = num_images / estimate.seconds
+    result |= {
+        "fits": peak <= chip.hbm_gib,
+        "hbm_gib": {"peak": peak, **sizes, "capacity": chip.hbm_gib},
+        "flops_per_chip": {"model": model_flops, "compiled": flops, "compiled_per_model": flops / model_flops},
+        "seconds": {
+            "compute": estimate.compute,
+            "exposed_communication": estimate.waits,
+            "exposed_memory_transfers": estimate.memory_waits,
+            "step": estimate.seconds,
+            "compile": compiled.compiled["seconds"],
+        },
+        "mfu": model_flops / (estimate.seconds * chip.peak_flops),
+        "images_per_second": images_per_second,
+        "collectives": [
+            {"kind": kind, "mib": num_bytes / 2**20, "milliseconds": 1e3 * estimate.seconds_by_collective[kind]}
+            for kind, num_bytes in sorted(estimate.bytes_by_collective.items())
+        ],
+        **_where_time_goes(module, estimate, chip.clock),
+    }
+    if num_images_of_run is not None:
+        hours = num_images_of_run / images_per_second / 3600
+        result["run"] = {"hours": hours, "chip_hours": hours * topology.num_chips}
+    return Cost(result, estimate, module)
+
+
+def _where_time_goes(module: Module, estimate: Estimate, clock: float) -> dict[str, Any]:
+    cycles_by_kind: Counter[str] = Counter()
+    by_source: Counter[tuple[str, str]] = Counter()
+    for instruction, times in module.runs():
+        if instruction.cycles:
+            cycles_by_kind[kind_of(module, instruction)] += times * instruction.cycles
+            by_source[instruction.source, instruction.operation] += times * instruction.cycles
+    total = sum(cycles_by_kind.values()) or 1
+    return {
+        "shares": {kind: cycles / total for kind, cycles in cycles_by_kind.most_common()},
+        "padding_share": module.padding_share(),
+        "top_operations": [
+            {"source": source, "operation": operation, "milliseconds": 1e3 * cycles / clock, "share": cycles / total}
+            for (source, operation), cycles in by_source.most_common(_TOP)
+        ],
+    }
+
+
+def kind_of(module: Module, instruction: Instruction) -> str:
+    """``products``, ``moves`` (copies, transposes, padding: nothing is computed) or ``other``."""
+    if instruction.opcode == "fusion":
+        name = instruction.called[0]
+        if module.has_products(name):
+            return "products"
+        return "moves" if module.only(name, _MOVES) else "other"
+    if instruction.opcode in ("convolution", "dot"):
+        return "products"
+    return "moves" if instruction.opcode in _MOVES else "other"
+
+
+def refusal(message: str) -> tuple[float | None, list[dict[str, Any]]]:
+    """GiB that the compiler says a program needs, and the largest allocations that it names."""
+    used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    largest = []
+    for part in re.split(r"\n\s*\d+\. Size: ", message)[1 : 1 + _LARGEST]:
+        size = re.match(r"([\d.]+)([KMGT])", part)
+        shape = re.search(r"Shape: (\S+)", part)
+        operation = re.search(r'op_name="([^"]*)"', part)
+        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', part)
+        largest.append(
+            {
+                "gib": _gib(*size.groups()) if size else None,
+                "shape": shape[1] if shape else "",
+                "operation": operation[1] if operation else "",
+                "source": f"{source[1]}:{source[2]}" if source else "",
+            }
+        )
+    return (_gib(*used.groups()) if used else None), largest
+
+
+def _gib(number: str, unit: str) -> float:
+    return float(number) * {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}[unit]

@@ -1,0 +1,119 @@
+"""``tools/preflight.py``: from its arguments to its result."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rae_xla.data.sources import open_source
+from rae_xla.errors import UserError
+from rae_xla.preflight import report
+from rae_xla.preflight.cost import Cost, cost_of
+from rae_xla.preflight.programs import flops_per_image, programs_of
+from rae_xla.preflight.run import DEFAULT_CACHE, Job, compile_all
+from rae_xla.preflight.topologies import Topology, topology
+from rae_xla.recipe import CommonRecipe, TrainingRecipe, load_recipe
+from rae_xla.training.optimizer import total_steps
+
+logger = logging.getLogger(__name__)
+
+
+def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The result, and what people are shown of it; see the tool's help.
+
+    Raises:
+        UserError: an unknown slice or program, a recipe that does not fit the slice, no compiler.
+    """
+    topologies = [topology(name) for name in arguments.topology]
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    programs = _chosen(recipe, arguments.program)
+    settings: list[tuple[str, ...]] = [()]
+    if arguments.search:
+        settings = [(), *[extra for extra in _alternatives(recipe, topologies) if extra]]
+    for where in topologies:
+        recipe.mesh.shape_for(where.num_chips)
+    jobs = [
+        Job(recipe=arguments.recipe, overrides=(*arguments.overrides, *extra), program=program, topology=where)
+        for program in programs
+        for where in topologies
+        for extra in settings
+    ]
+    cache = Path(arguments.cache) if arguments.cache else DEFAULT_CACHE
+    compiled = compile_all(jobs, cache, arguments.jobs)
+    flops = {program: flops_per_image(recipe, program) for program in programs}
+    costs = []
+    for found in compiled:
+        of_run = _images_of_run(recipe) if found.job.program == "train" else None
+        cost = cost_of(found, flops[found.job.program], of_run)
+        cost.result["settings"] = list(found.job.overrides[len(arguments.overrides) :])
+        costs.append(cost)
+    shown = _shown(costs, search=arguments.search)
+    if arguments.dump_hlo:
+        _dump(Path(arguments.dump_hlo), [c for c, cost in zip(compiled, costs, strict=True) if cost.module])
+    if arguments.out:
+        directory = Path(arguments.out)
+        for cost in costs:
+            report.write_trace(directory, cost)
+        logger.info("wrote %s", report.write_html(directory, arguments.recipe, costs))
+    return {"recipe": arguments.recipe, "programs": [cost.result for cost in costs]}, shown
+
+
+def _chosen(recipe: CommonRecipe, wanted: list[str] | None) -> list[str]:
+    known = list(programs_of(recipe))
+    for program in wanted or []:
+        if program not in known:
+            raise UserError(f"--program: this recipe has no {program!r}; use {' or '.join(known)}")
+    return wanted or known
+
+
+def _alternatives(recipe: CommonRecipe, topologies: list[Topology]) -> list[tuple[str, ...]]:
+    """A handful of settings that trade memory for time; of a training only."""
+    if not isinstance(recipe, TrainingRecipe):
+        raise UserError("--search: tries settings of a training; this recipe has none")
+    remats = [f"compute.remat={kind}" for kind in ("none", "matmuls", "block") if kind != recipe.compute.remat]
+    smallest = min(where.num_chips for where in topologies)
+    fsdp = sorted({1, min(8, smallest), smallest} - {recipe.mesh.fsdp})
+    return [
+        *[(remat,) for remat in remats],
+        *[(f"mesh.fsdp={size}",) for size in fsdp],
+        (f"compute.num_microbatches={2 * recipe.compute.num_microbatches}",),
+    ]
+
+
+def _images_of_run(recipe: CommonRecipe) -> int:
+    assert isinstance(recipe, TrainingRecipe)
+    steps_per_epoch = len(open_source(recipe.data, "train")) / recipe.data.batch_size
+    return total_steps(recipe.train, steps_per_epoch) * recipe.data.batch_size
+
+
+def _shown(costs: list[Cost], *, search: bool) -> str:
+    results = [cost.result for cost in costs]
+    if search:
+        fast = [r for r in results if r["fits"]]
+        ranked = sorted(fast, key=lambda r: r["seconds"]["step"]) + [r for r in results if not r["fits"]]
+        rows = [(*report.row_of(r), " ".join(r["settings"]) or "(as it is)") for r in ranked]
+        lines = [report.table(rows, (*report.HEADINGS, "settings"))]
+    else:
+        lines = [report.table([report.row_of(r) for r in results])]
+    for result in results:
+        if not result["fits"]:
+            lines.append(report.explained(result))
+        elif not search:
+            lines.append(f"\n{result['name']} on {result['topology']}: where the core's time goes")
+            shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in result["shares"].items())
+            lines.append(f"  {shares}; {100 * result['padding_share']:.0f}% of what is written pads tiles")
+            for row in result["top_operations"][:8]:
+                made = f"{row['operation'] or 'compiler'} {row['source']}"
+                lines.append(f"  {row['milliseconds']:8.2f} ms {100 * row['share']:5.1f}%  {made}")
+    return "\n".join([*lines, f"\n{report.BASIS}"])
+
+
+def _dump(directory: Path, found: list[Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for compiled in found:
+        name = f"{compiled.job.program}_{compiled.job.topology.name}.hlo.txt"
+        shutil.copyfile(compiled.directory / "compiled.hlo", directory / name)
+        logger.info("wrote %s", directory / name)

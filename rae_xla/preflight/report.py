@@ -1,0 +1,199 @@
+"""What preflight shows: a table, ``report.html`` with the step's course, and traces for ui.perfetto.dev."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rae_xla.preflight.cost import Cost, kind_of
+from rae_xla.preflight.estimate import Estimate
+from rae_xla.preflight.hlo import Module
+
+HEADINGS = (
+    "program", "slice", "images a chip", "HBM GiB", "of", "step ms", "waiting", "images/s", "MFU", "FLOPs x model",
+    "run h", "chip h",
+)  # fmt: skip
+BASIS = (
+    "Facts, from the TPU's compiler: HBM, FLOPs, the schedule. Estimates: the length of each operation (the compiler's "
+    "own cycles), of transfers (bytes over the bandwidth of the links used); nothing was run on a TPU."
+)
+_COLOURS = {"products": "#2a6f97", "other": "#a9d6e5", "moves": "#e76f51", "waiting": "#dddddd"}
+_COLUMNS = 600
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Preflight</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse } td, th { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+td:first-child, th:first-child, td.text { text-align: left } svg { width: 100%; height: auto; background: #fff }
+.key span { display: inline-block; width: 1em; height: 1em; vertical-align: middle; margin: 0 .3em 0 1em }
+</style></head><body>
+<h1>Preflight: {{ recipe }}</h1>
+<p>{{ basis }}</p>
+<table><tr>{% for h in headings %}<th>{{ h }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for part in parts %}
+<h2>{{ part.title }}</h2>
+{% if part.refused %}<p><b>Does not fit.</b> {{ part.refused }}</p>{% else %}
+<p class="key">The core's time, from the start of a step to its end:
+{% for name, colour in colours.items() %}<span style="background: {{ colour }}"></span>{{ name }}{% endfor %};
+below: the links between chips.</p>
+{{ part.timeline }}
+<table><tr><th>operation</th><th>made by</th><th>ms</th><th>share</th></tr>
+{% for row in part.operations %}<tr><td>{{ row.operation or "(the compiler's own)" }}</td>
+<td class="text">{{ row.source }}</td><td>{{ "%.2f"|format(row.milliseconds) }}</td>
+<td>{{ "%.1f"|format(100 * row.share) }}%</td></tr>{% endfor %}</table>
+<table><tr><th>transfers between chips</th><th>MiB a chip</th><th>ms</th></tr>
+{% for row in part.collectives %}<tr><td>{{ row.kind }}</td>
+<td>{{ "%.1f"|format(row.mib) }}</td>
+<td>{{ "%.2f"|format(row.milliseconds) }}</td></tr>{% endfor %}</table>
+{% endif %}{% endfor %}
+</body></html>
+"""
+
+
+def row_of(result: dict[str, Any]) -> tuple[str, ...]:
+    """A program's row under `HEADINGS`."""
+    hbm = result["hbm_gib"]
+    start = (result["name"], result["topology"], f"{result['images_per_chip']:g}")
+    peak = "?" if hbm["peak"] is None else f"{hbm['peak']:.1f}"
+    if not result["fits"]:
+        return (*start, peak, f"{hbm['capacity']:g}", "does not fit", "", "", "", "", "", "")
+    seconds, run = result["seconds"], result.get("run")
+    waiting = seconds["exposed_communication"] + seconds["exposed_memory_transfers"]
+    return (
+        *start,
+        peak,
+        f"{hbm['capacity']:g}",
+        f"{1e3 * seconds['step']:.1f}",
+        f"{100 * waiting / seconds['step']:.0f}%",
+        f"{result['images_per_second']:,.0f}",
+        f"{100 * result['mfu']:.1f}%",
+        f"{result['flops_per_chip']['compiled_per_model']:.2f}",
+        f"{run['hours']:.1f}" if run else "",
+        f"{run['chip_hours']:,.0f}" if run else "",
+    )
+
+
+def table(rows: list[tuple[str, ...]], headings: tuple[str, ...] = HEADINGS) -> str:
+    """Columns of text."""
+    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [headings, *rows]
+    )
+
+
+def explained(result: dict[str, Any]) -> str:
+    """Why a program does not fit, in a line or two; empty if it does."""
+    if result["fits"]:
+        return ""
+    hbm = result["hbm_gib"]
+    if hbm["peak"] is None:
+        return f"{result['name']} on {result['topology']} does not fit in {hbm['capacity']:g} GiB"
+    over = hbm["peak"] - hbm["capacity"]
+    largest = "; ".join(
+        f"{a['gib']:.2f} GiB {a['shape'].split('{')[0]} ({a['operation'] or 'an input'}, {a['source'] or 'no source'})"
+        for a in result.get("largest_allocations", [])[:3]
+        if a["gib"] is not None
+    )
+    return (
+        f"{result['name']} on {result['topology']} needs {hbm['peak']:.1f} of {hbm['capacity']:g} GiB a chip, "
+        f"{over:.1f} too much. Largest: {largest or 'not named'}. Try compute.remat=block, a larger mesh.fsdp or "
+        "compute.num_microbatches=2; --search tries them"
+    )
+
+
+def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:
+    """``report.html`` in ``directory``; returns its path."""
+    parts = [
+        {
+            "title": f"{cost.result['name']} on {cost.result['topology']}",
+            "refused": explained(cost.result),
+            "timeline": "" if cost.estimate is None else _timeline(cost.module, cost.estimate),
+            "operations": cost.result.get("top_operations", []),
+            "collectives": cost.result.get("collectives", []),
+        }
+        for cost in costs
+    ]
+    page = jinja2.Environment(autoescape=False).from_string(TEMPLATE)
+    html = page.render(
+        recipe=recipe,
+        basis=BASIS,
+        headings=HEADINGS,
+        rows=[row_of(cost.result) for cost in costs],
+        parts=parts,
+        colours=_COLOURS,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "report.html"
+    path.write_text(html)
+    return path
+
+
+def write_trace(directory: Path, cost: Cost) -> Path | None:
+    """``PROGRAM_SLICE.trace.json.gz`` in ``directory``, in Chrome's format; nothing for what does not fit."""
+    if cost.estimate is None:
+        return None
+    lanes = {"core": 1, "links": 2, "memory": 3}
+    named = {"core": "core", "links": "links between chips", "memory": "HBM to core memory"}
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "thread_name", "pid": 1, "tid": lanes[lane], "args": {"name": name}}
+        for lane, name in named.items()
+    ]
+    for event in cost.estimate.events:
+        made = event.instruction
+        about = {} if made is None else {"source": made.source, "operation": made.operation, "shape": made.shape[:200]}
+        times = {"ts": 1e6 * event.start, "dur": 1e6 * event.seconds}
+        events.append({"ph": "X", "name": event.name, "pid": 1, "tid": lanes[event.lane], **times, "args": about})
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{cost.result['name']}_{cost.result['topology']}.trace.json.gz"
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    return path
+
+
+def _timeline(module: Module | None, estimate: Estimate) -> str:
+    """The core's time in columns, each stacked by what it was spent on, and the links' below."""
+    assert module is not None
+    width = estimate.seconds / _COLUMNS
+    core: list[Counter[str]] = [Counter() for _ in range(_COLUMNS)]
+    links = [0.0] * _COLUMNS
+    for event in estimate.events:
+        if event.lane == "memory":
+            continue
+        kind = (
+            kind_of(module, event.instruction) if event.instruction and event.instruction.opcode != "while" else "other"
+        )
+        column = int(event.start / width)
+        start, end = event.start, event.start + event.seconds
+        while column < _COLUMNS and column * width < end:
+            part = min(end, (column + 1) * width) - max(start, column * width)
+            if event.lane == "core":
+                core[column][kind] += part / width
+            else:
+                links[column] += part / width
+            column += 1
+    bars = []
+    for column, spent in enumerate(core):
+        top = 100.0
+        spent["waiting"] = max(0.0, 1.0 - sum(spent.values()))
+        for kind, colour in _COLOURS.items():
+            height = 100 * min(spent[kind], 1.0)
+            if height > 0:
+                top -= height
+                bars.append(f'<rect x="{column}" y="{top:.1f}" width="1.02" height="{height:.1f}" fill="{colour}"/>')
+        height = 30 * min(links[column], 1.0)
+        if height > 0:
+            bars.append(
+                f'<rect x="{column}" y="{135 - height:.1f}" width="1.02" height="{height:.1f}" fill="#6d597a"/>'
+            )
+    milliseconds = (
+        f'<text x="{_COLUMNS}" y="148" font-size="9" text-anchor="end">{1e3 * estimate.seconds:.1f} ms</text>'
+    )
+    zero = '<text x="0" y="148" font-size="9">0</text>'
+    return f'<svg viewBox="0 0 {_COLUMNS} 150">{"".join(bars)}{zero}{milliseconds}</svg>'

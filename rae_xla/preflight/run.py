@@ -1,0 +1,129 @@
+"""From a recipe and slices to what its programs cost there: each is traced and compiled in processes of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from rae_xla.errors import UserError
+from rae_xla.preflight.topologies import Topology
+from rae_xla.preflight.trace_worker import USER_ERROR
+
+logger = logging.getLogger(__name__)
+
+# Of the host's memory; a worker that compiles XL takes some 6 GiB.
+DEFAULT_JOBS = 1
+DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
+# Where in the code an operation comes from is kept only if this is set before torch_xla starts.
+TRACING = {"PJRT_DEVICE": "CPU", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A program of a recipe on a slice."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    program: str
+    topology: Topology
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{self.program} on {self.topology.name}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the workers left in a folder."""
+
+    job: Job
+    directory: Path
+    traced: dict[str, Any]
+    compiled: dict[str, Any]
+
+    @property
+    def hlo(self) -> str:
+        """The compiled program's text."""
+        return (self.directory / "compiled.hlo").read_text()
+
+
+def check_compiler() -> None:
+    """Raises a `UserError` that says how to install the compiler if it is missing."""
+    missing = [name for name in ("jax", "libtpu") if util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not installed: the TPU's compiler comes with pip install 'rae_xla[preflight]'"
+        )
+
+
+def compile_all(jobs: list[Job], cache: Path, num_workers: int = DEFAULT_JOBS) -> list[Compiled]:
+    """Trace and compile, so many at once, or take what is in ``cache`` of the same program; in the order of ``jobs``.
+
+    Raises:
+        UserError: the recipe does not fit a slice, or the compiler is missing.
+    """
+    check_compiler()
+    with ThreadPoolExecutor(num_workers) as pool:
+        futures = [pool.submit(_compiled, job, cache) for job in jobs]
+        return [future.result() for future in futures]
+
+
+def _compiled(job: Job, cache: Path) -> Compiled:
+    name, options = job.topology.for_compiler
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        about = {
+            "recipe": job.recipe,
+            "overrides": list(job.overrides),
+            "program": job.program,
+            "topology": name,
+            "topology_options": options,
+        }
+        (directory / "job.json").write_text(json.dumps(about))
+        logger.info("%s: tracing", job.title)
+        environment = {**os.environ, **TRACING, "CPU_NUM_DEVICES": str(job.topology.num_chips)}
+        _run_worker("rae_xla.preflight.trace_worker", directory, environment, job)
+        traced = json.loads((directory / "traced.json").read_text())
+        kept = cache / _key(directory, traced, name, options)
+        if (kept / "compiled.json").exists():
+            logger.info("%s: compiled before", job.title)
+        else:
+            logger.info("%s: traced in %.0f s; compiling, which takes minutes", job.title, traced["seconds"])
+            _run_worker("rae_xla.xla.tpu_compiler", directory, dict(os.environ), job)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            # All of it or nothing: another process may be at the same program.
+            partial = Path(tempfile.mkdtemp(dir=kept.parent))
+            shutil.copytree(directory, partial, dirs_exist_ok=True)
+            shutil.rmtree(kept, ignore_errors=True)
+            partial.rename(kept)
+        compiled = json.loads((kept / "compiled.json").read_text())
+        logger.info("%s: compiled in %.0f s", job.title, compiled["seconds"])
+        return Compiled(job, kept, traced, compiled)
+
+
+def _key(directory: Path, traced: dict[str, Any], topology: str, options: dict[str, object]) -> str:
+    versions = [metadata.version(name) for name in ("libtpu", "jaxlib")]
+    content = json.dumps([traced["arguments"], topology, options, versions], sort_keys=True).encode()
+    return hashlib.sha256(content + (directory / "program.pb").read_bytes()).hexdigest()[:32]
+
+
+def _run_worker(module: str, directory: Path, environment: dict[str, str], job: Job) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(directory)], env=environment, capture_output=True, text=True
+    )
+    if done.returncode == USER_ERROR:
+        raise UserError(f"{job.title}: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode:
+        raise RuntimeError(f"{job.title}: {module} ended with {done.returncode}:\n{done.stderr[-4000:]}")
