@@ -16,7 +16,7 @@ from rae_xla import cli
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """``programs``: a list, one for each program and slice."""
-    from rae_xla.preflight.preflight import preflight
+    from rae_xla.preflight.main import preflight
 
     result, shown = preflight(arguments)
     print(shown)

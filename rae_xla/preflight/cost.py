@@ -9,6 +9,7 @@ from typing import Any
 
 from rae_xla.preflight.estimate import Estimate, Estimator
 from rae_xla.preflight.hlo import Instruction, Module
+from rae_xla.preflight.layout import layout_of
 from rae_xla.preflight.run import Compiled
 
 GIB = 2**30
@@ -72,6 +73,7 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
             {"kind": kind, "mib": num_bytes / 2**20, "milliseconds": 1e3 * estimate.seconds_by_collective[kind]}
             for kind, num_bytes in sorted(estimate.bytes_by_collective.items())
         ],
+        "layout_problems": layout_of(module, compiled.traced, topology.num_chips).problems(),
         **_where_time_goes(module, estimate, chip.clock),
     }
     if num_images_of_run is not None:

@@ -9,8 +9,7 @@ the core waits where it says ``-done``, and only as long as the transfer is not 
 from __future__ import annotations
 
 import math
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,7 +51,7 @@ class Estimate:
     memory_waits: float = 0.0
     events: list[Event] = field(default_factory=list)
     bytes_by_collective: Counter[str] = field(default_factory=Counter)
-    seconds_by_collective: Counter[str] = field(default_factory=Counter)
+    seconds_by_collective: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class _Transfers:
@@ -165,9 +164,7 @@ class Estimator:
         return next(i for i in computation.instructions if i.opcode in COLLECTIVES), computation
 
     def _channel(self, fusion: Instruction) -> str:
-        found = re.search(r"channel_id=(\d+)", self._inner(fusion)[0].attributes)
-        assert found is not None, fusion.name
-        return found[0]
+        return self._inner(fusion)[0].channel
 
     def _start_fused(self, fusion: Instruction, now: float, times: int, *, show: bool) -> float:
         seconds = self._collective_seconds(*self._inner(fusion), times)

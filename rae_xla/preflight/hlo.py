@@ -94,6 +94,12 @@ class Instruction:
         return f"{found[1]}:{found[2]}" if found else ""
 
     @property
+    def channel(self) -> str:
+        """What the parts of one collective have in common; nothing for what is none."""
+        found = re.search(r"channel_id=(\d+)", self.attributes)
+        return found[1] if found else ""
+
+    @property
     def groups(self) -> list[list[int]]:
         """Devices that a collective joins; pairs of sender and receiver for a permutation."""
         return _groups(self.attributes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def _timeline(module: Module | None, estimate: Estimate) -> str:
     """The core's time in columns, each stacked by what it was spent on, and the links' below."""
     assert module is not None
     width = estimate.seconds / _COLUMNS
-    core: list[Counter[str]] = [Counter() for _ in range(_COLUMNS)]
+    core: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(_COLUMNS)]
     links = [0.0] * _COLUMNS
     for event in estimate.events:
         if event.lane == "memory":

@@ -28,11 +28,11 @@ def compile_program(directory: Path) -> dict[str, Any]:
     from jax._src import compiler
     from jax._src.lib import xla_client
     from jax.experimental import topologies
-    from jaxlib import _jax  # type: ignore[attr-defined]
+    from jaxlib import _jax
 
     job, traced = [json.loads((directory / name).read_text()) for name in ("job.json", "traced.json")]
     topology = topologies.get_topology_desc(topology_name=job["topology"], platform="tpu", **job["topology_options"])
-    devices = topology.devices
+    devices: Any = topology.devices
     options = compiler.get_compile_options(
         num_replicas=1, num_partitions=len(devices), device_assignment=np.array([[device.id for device in devices]])
     )
@@ -69,10 +69,11 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
     with mlir.make_ir_context():
         parsed = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(hlo))
         module = ir.Module.parse(_at_our_lines(parsed.operation.get_asm(enable_debug_info=True)))
-        main = next(op for op in module.body.operations if op.attributes["sym_name"].value == "main")
+        functions: Any = module.body.operations
+        main = next(function for function in functions if function.attributes["sym_name"].value == "main")
         attributes = []
         for argument in arguments:
-            given = {"mhlo.sharding": ir.StringAttr.get(argument["sharding"])}
+            given: dict[str, Any] = {"mhlo.sharding": ir.StringAttr.get(argument["sharding"])}
             if argument["replaced_by"] is not None:
                 number = ir.IntegerType.get_signless(32)
                 given["tf.aliasing_output"] = ir.IntegerAttr.get(number, argument["replaced_by"])
@@ -86,7 +87,8 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
 def _at_our_lines(text: str) -> str:
     """A module's text with every chain of calls cut to its innermost line in this project.
 
-    The compiler passes on one line for an operation, the innermost, which is PyTorch's own.
+    The compiler passes on one line for an operation, the innermost, which is PyTorch's own. Functions other than main
+    are bodies of scans, which were lowered by themselves: their numbers of lines belong to tables that are lost.
     """
     locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, flags=re.MULTILINE))
 
@@ -106,7 +108,18 @@ def _at_our_lines(text: str) -> str:
         found = ours(line[1]) if line[2].startswith("callsite") else None
         return f"{line[1]} = loc({found})" if found else line[0]
 
-    return re.sub(r"^(#loc\d*) = loc\((.*)\)$", cut, text, flags=re.MULTILINE)
+    def without_line(used: re.Match[str]) -> str:
+        name = re.match(r'"[^"]*"', locations.get(used[1], ""))
+        return f"loc({name[0]})" if name else "loc(unknown)"
+
+    lines, inside = [], False
+    for line in text.split("\n"):
+        if line.startswith("  func.func"):
+            inside = not line.startswith("  func.func @main")
+        lines.append(re.sub(r"loc\((#loc\d*)\)", without_line, line) if inside and line.startswith(" ") else line)
+        if line.startswith("  }"):
+            inside = False
+    return re.sub(r"^(#loc\d*) = loc\((.*)\)$", cut, "\n".join(lines), flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

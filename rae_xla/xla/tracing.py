@@ -71,6 +71,7 @@ class TracingStep:
             for _, t in sorted(parameters.items())
         ]
         sharding = self._runtime.sharding
+        path: Any
         for index, (path, tensor) in enumerate(inputs):
             parameter = context.tensor_parameter_id(tensor)
             if parameter >= 0:

@@ -99,10 +99,12 @@ def _shown(costs: list[Cost], *, search: bool) -> str:
     else:
         lines = [report.table([report.row_of(r) for r in results])]
     for result in results:
+        where = f"{result['name']} on {result['topology']}"
+        lines += [f"{where}: {problem}" for problem in result.get("layout_problems", [])]
         if not result["fits"]:
             lines.append(report.explained(result))
         elif not search:
-            lines.append(f"\n{result['name']} on {result['topology']}: where the core's time goes")
+            lines.append(f"\n{where}: where the core's time goes")
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in result["shares"].items())
             lines.append(f"  {shares}; {100 * result['padding_share']:.0f}% of what is written pads tiles")
             for row in result["top_operations"][:8]:

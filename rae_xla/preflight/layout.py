@@ -1,0 +1,88 @@
+"""Whether a compiled program's batch is split over the chips, and its parameters gathered where they are used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from rae_xla.preflight.estimate import COLLECTIVES
+from rae_xla.preflight.hlo import Instruction, Module
+
+# Labels and positions of the whole batch are nothing to a chip; features of every image are.
+FEATURES = 64
+_NAMES_ONLY = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What lies how.
+
+    ``unsplit_inputs``: parts of the batch that every chip holds whole. ``whole_batch``: results with a row for every
+    image of the batch. ``gathered_elements``: that all-gathers make in one run, ``split_elements`` of parameters that
+    lie split.
+    """
+
+    unsplit_inputs: list[str]
+    whole_batch: list[Instruction]
+    gathered_elements: int
+    split_elements: int
+
+    def problems(self) -> list[str]:
+        """One line for each thing that is wrong; none if nothing is."""
+        lines = [f"{name} is not split: every chip holds all of it" for name in self.unsplit_inputs]
+        for instruction in sorted(self.whole_batch, key=_bytes, reverse=True)[:3]:
+            lines.append(
+                f"every chip makes {instruction.shape.split('{')[0]} for all images of the batch, "
+                f"{_bytes(instruction) / 2**30:.3f} GiB ({instruction.operation or 'the compiler'}, "
+                f"{instruction.source or 'no source'})"
+            )
+        if self.gathered_elements < self.split_elements:
+            lines.append(
+                f"parameters are not gathered: {self.split_elements:,} numbers lie split over the chips, "
+                f"{self.gathered_elements:,} are gathered"
+            )
+        return lines
+
+
+def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
+    """``traced``: see `rae_xla.preflight.trace_worker`."""
+    num_images = traced["num_images"]
+    unsplit = [
+        argument["name"]
+        for argument in traced["arguments"]
+        if argument["name"].startswith("batch") and argument["sharding"] == "{replicated}"
+    ]
+    split = sum(
+        prod(argument["shape"])
+        for argument in traced["arguments"]
+        if argument["name"].startswith(("state['parameters']", "frozen")) and argument["sharding"] != "{replicated}"
+    )
+    whole, gathered, seen = [], 0, set()
+    for instruction, times in module.runs():
+        if num_chips > 1 and instruction.opcode not in _NAMES_ONLY and _is_of_all(instruction, num_images):
+            whole.append(instruction)
+        for collective in _collectives(module, instruction):
+            if collective.opcode.startswith("all-gather") and collective.channel not in seen:
+                seen.add(collective.channel)
+                gathered += times * max(array.num_elements for array in collective.arrays)
+    return Layout(unsplit, whole, gathered, split)
+
+
+def _is_of_all(instruction: Instruction, num_images: int) -> bool:
+    arrays = instruction.arrays
+    return any(num_images in array.sizes and array.num_elements >= FEATURES * num_images for array in arrays)
+
+
+def _collectives(module: Module, instruction: Instruction) -> list[Instruction]:
+    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+        return [instruction]
+    if instruction.opcode in ("fusion", "async-start"):
+        return [
+            i for name in instruction.called for i in module.computations[name].instructions if i.opcode in COLLECTIVES
+        ]
+    return []
+
+
+def _bytes(instruction: Instruction) -> int:
+    return sum(array.bytes for array in instruction.arrays)
