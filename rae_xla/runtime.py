@@ -131,11 +131,16 @@ class CountedProgram(BaseException):
         self.flops = flops
 
 
-def create(name: Literal["xla", "eager", "tracing", "counting"], mesh: MeshConfig, precision: Precision) -> Runtime:
+def create(
+    name: Literal["xla", "eager", "tracing", "counting"],
+    mesh: MeshConfig,
+    precision: Precision,
+    num_devices: int | None = None,
+) -> Runtime:
     """The runtime of this name, on all devices of this machine or slice.
 
     Two run nothing: ``tracing`` has the programs of ``xla``, see `TracedProgram`, ``counting`` those of ``eager``, see
-    `CountedProgram`.
+    `CountedProgram`. ``num_devices``: that ``tracing`` traces for.
 
     Raises:
         UserError: the mesh does not fit the devices, or torch_xla is not installed.
@@ -152,7 +157,10 @@ def create(name: Literal["xla", "eager", "tracing", "counting"], mesh: MeshConfi
         from rae_xla.xla.tracing import TracingRuntime
     except ImportError as error:
         raise UserError(f"runtime: xla needs torch_xla ({error}); install it or say runtime=eager") from error
-    return TracingRuntime(mesh, precision) if name == "tracing" else XLARuntime(mesh, precision)
+    if name == "tracing":
+        assert num_devices is not None
+        return TracingRuntime(mesh, precision, num_devices)
+    return XLARuntime(mesh, precision)
 
 
 def check_batch_size(batch_size: int, runtime: Runtime, key: str) -> None:

@@ -121,12 +121,14 @@ def refusal(message: str) -> tuple[float | None, list[dict[str, Any]]]:
         shape = re.search(r"Shape: (\S+)", part)
         operation = re.search(r'op_name="([^"]*)"', part)
         source = re.search(r'source_file="([^"]*)" source_line=(\d+)', part)
+        padding = re.search(r"\(([\d.]+)x expansion\)", part)
         largest.append(
             {
                 "gib": _gib(*size.groups()) if size else None,
                 "shape": shape[1] if shape else "",
                 "operation": operation[1] if operation else "",
                 "source": f"{source[1]}:{source[2]}" if source else "",
+                "padding_factor": float(padding[1]) if padding else 1.0,
             }
         )
     return (_gib(*used.groups()) if used else None), largest

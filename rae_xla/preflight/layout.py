@@ -46,8 +46,15 @@ class Layout:
 
 
 def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
-    """``traced``: see `rae_xla.preflight.trace_worker`."""
+    """``traced``: see `rae_xla.preflight.trace_worker`.
+
+    Results are recognised by a dimension of the batch's size; where parameters have that size too, none is.
+    """
     num_images = traced["num_images"]
+    # A size that parameters have too tells nothing.
+    is_telling = num_chips > 1 and not any(
+        num_images in argument["shape"] for argument in traced["arguments"] if not argument["name"].startswith("batch")
+    )
     unsplit = [
         argument["name"]
         for argument in traced["arguments"]
@@ -60,7 +67,7 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
     )
     whole, gathered, seen = [], 0, set()
     for instruction, times in module.runs():
-        if num_chips > 1 and instruction.opcode not in _NAMES_ONLY and _is_of_all(instruction, num_images):
+        if is_telling and instruction.opcode not in _NAMES_ONLY and _is_of_all(instruction, num_images):
             whole.append(instruction)
         for collective in _collectives(module, instruction):
             if collective.opcode.startswith("all-gather") and collective.channel not in seen:

@@ -11,9 +11,12 @@ from typing import Any
 from rae_xla.data.sources import open_source
 from rae_xla.errors import UserError
 from rae_xla.preflight import report
+from rae_xla.preflight.calibration import CALIBRATIONS, SMALLEST_SLICE
 from rae_xla.preflight.cost import Cost, cost_of
+from rae_xla.preflight.estimate import Estimator
+from rae_xla.preflight.hlo import Module
 from rae_xla.preflight.programs import flops_per_image, programs_of
-from rae_xla.preflight.run import DEFAULT_CACHE, Job, compile_all
+from rae_xla.preflight.run import DEFAULT_CACHE, Compiled, Job, compile_all
 from rae_xla.preflight.topologies import Topology, topology
 from rae_xla.recipe import CommonRecipe, TrainingRecipe, load_recipe
 from rae_xla.training.optimizer import total_steps
@@ -42,7 +45,9 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for extra in settings
     ]
     cache = Path(arguments.cache) if arguments.cache else DEFAULT_CACHE
-    compiled = compile_all(jobs, cache, arguments.jobs)
+    chips = sorted({where.generation for where in topologies})
+    compiled = compile_all([*_calibration_jobs(chips), *jobs], cache, arguments.jobs)
+    calibration, compiled = _calibration(compiled[: -len(jobs)]), compiled[-len(jobs) :]
     flops = {program: flops_per_image(recipe, program) for program in programs}
     costs = []
     for found in compiled:
@@ -50,7 +55,7 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         cost = cost_of(found, flops[found.job.program], of_run)
         cost.result["settings"] = list(found.job.overrides[len(arguments.overrides) :])
         costs.append(cost)
-    shown = _shown(costs, search=arguments.search)
+    shown = _shown(costs, calibration, search=arguments.search)
     if arguments.dump_hlo:
         _dump(Path(arguments.dump_hlo), [c for c, cost in zip(compiled, costs, strict=True) if cost.module])
     if arguments.out:
@@ -58,7 +63,32 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for cost in costs:
             report.write_trace(directory, cost)
         logger.info("wrote %s", report.write_html(directory, arguments.recipe, costs))
-    return {"recipe": arguments.recipe, "programs": [cost.result for cost in costs]}, shown
+    programs_found = [cost.result for cost in costs]
+    return {"recipe": arguments.recipe, "programs": programs_found, "calibration": calibration}, shown
+
+
+def _calibration_jobs(generations: list[str]) -> list[Job]:
+    slices = [topology(f"{generation}-{SMALLEST_SLICE}") for generation in generations]
+    return [Job(recipe=None, program=name, topology=where) for where in slices for name in CALIBRATIONS]
+
+
+def _calibration(compiled: list[Compiled]) -> list[dict[str, Any]]:
+    """Estimate and ideal of each program of known cost, in milliseconds, and the first over the second."""
+    rows = []
+    for found in compiled:
+        where, name = found.job.topology, found.job.program
+        estimate = Estimator(Module(found.hlo), where, found.compiled["coordinates"]).estimate().seconds
+        ideal = CALIBRATIONS[name].ideal_seconds(where.chip)
+        rows.append(
+            {
+                "program": name,
+                "generation": where.generation,
+                "ideal_ms": 1e3 * ideal,
+                "estimated_ms": 1e3 * estimate,
+                "ratio": estimate / ideal,
+            }
+        )
+    return rows
 
 
 def _chosen(recipe: CommonRecipe, wanted: list[str] | None) -> list[str]:
@@ -89,7 +119,7 @@ def _images_of_run(recipe: CommonRecipe) -> int:
     return total_steps(recipe.train, steps_per_epoch) * recipe.data.batch_size
 
 
-def _shown(costs: list[Cost], *, search: bool) -> str:
+def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool) -> str:
     results = [cost.result for cost in costs]
     if search:
         fast = [r for r in results if r["fits"]]
@@ -110,7 +140,8 @@ def _shown(costs: list[Cost], *, search: bool) -> str:
             for row in result["top_operations"][:8]:
                 made = f"{row['operation'] or 'compiler'} {row['source']}"
                 lines.append(f"  {row['milliseconds']:8.2f} ms {100 * row['share']:5.1f}%  {made}")
-    return "\n".join([*lines, f"\n{report.BASIS}"])
+    known = ", ".join(f"{row['program']} on {row['generation']} {row['ratio']:.2f}" for row in calibration)
+    return "\n".join([*lines, f"\n{report.BASIS}", f"Estimate over ideal where that is known: {known}."])
 
 
 def _dump(directory: Path, found: list[Any]) -> None:

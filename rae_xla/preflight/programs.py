@@ -53,13 +53,13 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
     return programs
 
 
-def traced(recipe: CommonRecipe, program: str) -> TracedProgram:
-    """What a slice with as many chips as there are virtual devices would compile.
+def traced(recipe: CommonRecipe, program: str, num_chips: int) -> TracedProgram:
+    """What a slice with so many chips would compile.
 
     Raises:
         UserError: the recipe does not fit the devices.
     """
-    runtime = create("tracing", recipe.mesh, recipe.precision)
+    runtime = create("tracing", recipe.mesh, recipe.precision, num_chips)
     try:
         _start(recipe, program, runtime)
     except TracedProgram as found:

@@ -97,7 +97,7 @@ def explained(result: dict[str, Any]) -> str:
         return f"{result['name']} on {result['topology']} does not fit in {hbm['capacity']:g} GiB"
     over = hbm["peak"] - hbm["capacity"]
     largest = "; ".join(
-        f"{a['gib']:.2f} GiB {a['shape'].split('{')[0]} ({a['operation'] or 'an input'}, {a['source'] or 'no source'})"
+        f"{a['gib']:.2f} GiB {a['shape'].split('{')[0]} ({_made_by(a)})"
         for a in result.get("largest_allocations", [])[:3]
         if a["gib"] is not None
     )
@@ -106,6 +106,13 @@ def explained(result: dict[str, Any]) -> str:
         f"{over:.1f} too much. Largest: {largest or 'not named'}. Try compute.remat=block, a larger mesh.fsdp or "
         "compute.num_microbatches=2; --search tries them"
     )
+
+
+def _made_by(allocation: dict[str, Any]) -> str:
+    factor = allocation["padding_factor"]
+    parts = [allocation["operation"] or "the compiler's own", allocation["source"]]
+    parts.append(f"{factor:g} times its size by padding" if factor > 1 else "")
+    return ", ".join(part for part in parts if part)
 
 
 def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:

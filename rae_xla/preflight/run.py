@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 DEFAULT_JOBS = 1
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
 # Where in the code an operation comes from is kept only if this is set before torch_xla starts.
-TRACING = {"PJRT_DEVICE": "CPU", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
+TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A program of a recipe on a slice."""
+    """A program of a recipe on a slice; without a recipe, one of `CALIBRATIONS`."""
 
-    recipe: str
-    overrides: tuple[str, ...]
+    recipe: str | None
+    overrides: tuple[str, ...] = ()
     program: str
     topology: Topology
 
@@ -90,10 +90,11 @@ def _compiled(job: Job, cache: Path) -> Compiled:
             "program": job.program,
             "topology": name,
             "topology_options": options,
+            "num_chips": job.topology.num_chips,
         }
         (directory / "job.json").write_text(json.dumps(about))
         logger.info("%s: tracing", job.title)
-        environment = {**os.environ, **TRACING, "CPU_NUM_DEVICES": str(job.topology.num_chips)}
+        environment = {**os.environ, **TRACING}
         _run_worker("rae_xla.preflight.trace_worker", directory, environment, job)
         traced = json.loads((directory / "traced.json").read_text())
         kept = cache / _key(directory, traced, name, options)

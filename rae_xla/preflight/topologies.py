@@ -72,9 +72,14 @@ class Topology:
     """``num_slices`` slices of one shape. ``name`` as Cloud names one, with ``2x`` before it for two."""
 
     name: str
-    chip: Chip
+    generation: str
     shape: tuple[int, ...]
     num_slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        """What each chip can do."""
+        return CHIPS[self.generation]
 
     @property
     def chips_per_slice(self) -> int:
@@ -128,4 +133,4 @@ def topology(name: str) -> Topology:
     num_slices = int(found[1] or 1)
     if num_slices < 1:
         raise UserError(f"--topology: {name!r}: at least one slice")
-    return Topology(name, chip, shapes[chips], num_slices)
+    return Topology(name, generation, shapes[chips], num_slices)

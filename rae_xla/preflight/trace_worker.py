@@ -1,4 +1,4 @@
-"""Traces one program of a recipe in a process of its own: it needs as many virtual devices as the slice has chips.
+"""Traces one program of a recipe, in a process of its own: torch_xla starts with tracing in mind.
 
 ``python -m rae_xla.preflight.trace_worker JOB``: JOB is a folder with ``job.json``, which gets ``traced.json`` and
 ``program.pb``.
@@ -19,13 +19,16 @@ USER_ERROR = 2
 
 def main(directory: Path) -> None:
     """Trace, and write what was found."""
+    from rae_xla.preflight.calibration import traced_calibration
     from rae_xla.preflight.programs import traced
     from rae_xla.recipe import load_recipe
 
     job = json.loads((directory / "job.json").read_text())
-    recipe = load_recipe(job["recipe"], job["overrides"])
     start = time.perf_counter()
-    program = traced(recipe, job["program"])
+    if job["recipe"] is None:
+        program = traced_calibration(job["program"], job["num_chips"])
+    else:
+        program = traced(load_recipe(job["recipe"], job["overrides"]), job["program"], job["num_chips"])
     seconds = time.perf_counter() - start
     (directory / "program.pb").write_bytes(program.hlo)
     about = {

@@ -1,6 +1,7 @@
 """A runtime that runs nothing: the first compiled step that is called is traced, and what it would compile is kept.
 
-Tensors are shapes, so a model of any size is traced on as many virtual devices as a slice has chips, in little memory.
+Tensors are shapes, so a model of any size is traced in little memory, for as many devices as a slice has chips. These
+are there in name only: PyTorch's autograd counts devices in eight bits, and 128 virtual ones are too many for it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch_xla
 import torch_xla.core.xla_builder as xb
+import torch_xla.runtime as xr
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,7 +25,9 @@ from rae_xla.xla.runtime import XLARuntime
 class TracingRuntime(XLARuntime):
     """`XLARuntime` with shapes for tensors: ``compile`` gives steps that raise a `TracedProgram`."""
 
-    def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+    def __init__(self, mesh: MeshConfig, precision: Precision, num_devices: int) -> None:
+        # Meshes ask torch_xla, and this process has the one device of a CPU.
+        xr.global_runtime_device_count = lambda: num_devices  # type: ignore[assignment]
         super().__init__(mesh, precision)
         self.partitions: Any = WeakTensorKeyDictionary()
 
