@@ -234,7 +234,7 @@ Exceeded hbm capacity by 90.25G.
   Largest program allocations in hbm:
 
   1. Size: 4.00G
-     Operator: op_name="aten__mm" source_file="rae_xla/models/layers.py" source_line=118 source_end_line=118
+     Operator: op_name="rae_xla__device_scan/call.9/rae_xla/models/layers.py_118 backward/aten__mm"
      Shape: f32[1024,256,4096]{2,1,0:T(8,128)}
      Unpadded size: 512.00M
      Extra memory due to padding: 3.50G (8.0x expansion)
@@ -260,7 +260,10 @@ def test_a_program_that_is_too_large_is_told_by_how_much_and_by_what() -> None:
     }
     told = explained(result)
     assert "needs 121.5 of 31.25 GiB a chip, 90.2 too much" in told and "compute.remat=block" in told
-    assert "4.00 GiB f32[1024,256,4096] (aten__mm, rae_xla/models/layers.py:118, 8 times its size by padding)" in told
+    assert (
+        "4.00 GiB f32[1024,256,4096] (aten__mm, rae_xla/models/layers.py:118 backward, 8 times its size by padding)"
+        in told
+    )
 
 
 def test_transfers_take_their_bytes_over_the_links_of_their_axes() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rae_xla.preflight.estimate import Estimate, Estimator
-from rae_xla.preflight.hlo import Instruction, Module
+from rae_xla.preflight.hlo import Instruction, Module, operation_in, source_in
 from rae_xla.preflight.layout import layout_of
 from rae_xla.preflight.run import Compiled
 
@@ -88,7 +88,7 @@ def _where_time_goes(module: Module, estimate: Estimate, clock: float) -> dict[s
     for instruction, times in module.runs():
         if instruction.cycles:
             cycles_by_kind[kind_of(module, instruction)] += times * instruction.cycles
-            by_source[instruction.source, instruction.operation] += times * instruction.cycles
+            by_source[module.origin(instruction)] += times * instruction.cycles
     total = sum(cycles_by_kind.values()) or 1
     return {
         "shares": {kind: cycles / total for kind, cycles in cycles_by_kind.most_common()},
@@ -119,15 +119,13 @@ def refusal(message: str) -> tuple[float | None, list[dict[str, Any]]]:
     for part in re.split(r"\n\s*\d+\. Size: ", message)[1 : 1 + _LARGEST]:
         size = re.match(r"([\d.]+)([KMGT])", part)
         shape = re.search(r"Shape: (\S+)", part)
-        operation = re.search(r'op_name="([^"]*)"', part)
-        source = re.search(r'source_file="([^"]*)" source_line=(\d+)', part)
         padding = re.search(r"\(([\d.]+)x expansion\)", part)
         largest.append(
             {
                 "gib": _gib(*size.groups()) if size else None,
                 "shape": shape[1] if shape else "",
-                "operation": operation[1] if operation else "",
-                "source": f"{source[1]}:{source[2]}" if source else "",
+                "operation": operation_in(part),
+                "source": source_in(part),
                 "padding_factor": float(padding[1]) if padding else 1.0,
             }
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +26,8 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([^\s,}]+)")
-_SOURCE = re.compile(r'source_file="([^"]*)" source_line=(\d+)')
+# As `rae_xla.xla.source_lines` names it; XLA writes the colon as an underscore.
+_SOURCE = re.compile(r"(rae_xla/[\w/]+\.py)[:_](\d+)( backward)?")
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,12 @@ class Instruction:
     @property
     def operation(self) -> str:
         """The operation of PyTorch that it comes from, or nothing."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        return operation_in(self.attributes)
 
     @property
     def source(self) -> str:
-        """``file:line`` that it comes from, or nothing."""
-        found = _SOURCE.search(self.attributes)
-        return f"{found[1]}:{found[2]}" if found else ""
+        """``rae_xla/file.py:line`` that it comes from, then `` backward`` if it is of that line's, or nothing."""
+        return source_in(self.attributes)
 
     @property
     def channel(self) -> str:
@@ -232,6 +232,25 @@ class Module:
         home = {id(i): c for c in self.computations.values() for i in c.instructions}
         return sum(times * self.flops(instruction, home[id(instruction)]) for instruction, times in self.runs())
 
+    def origin(self, instruction: Instruction) -> tuple[str, str]:
+        """Source and operation; of a fusion those of its product, or else of most of it."""
+        if instruction.opcode != "fusion":
+            return instruction.source, instruction.operation
+        inner = list(self._fused(instruction.called[0]))
+        products = [i for i in inner if i.opcode in ("convolution", "dot") and i.source]
+        if products:
+            return products[0].source, products[0].operation
+        if instruction.source:
+            return instruction.source, instruction.operation
+        named = Counter((i.source, i.operation) for i in inner if i.source)
+        return named.most_common(1)[0][0] if named else ("", instruction.operation)
+
+    def _fused(self, name: str) -> Iterator[Instruction]:
+        for instruction in self.computations[name].instructions:
+            yield instruction
+            if instruction.opcode == "fusion":
+                yield from self._fused(instruction.called[0])
+
     def has_products(self, name: str) -> bool:
         """Whether a computation, or one it calls, multiplies matrices."""
         instructions = self.computations[name].instructions
@@ -265,6 +284,18 @@ class Module:
         """What the arguments take of HBM."""
         parameters = [i for i in self.entry.instructions if i.opcode == "parameter"]
         return sum(array.bytes for parameter in parameters for array in parameter.arrays)
+
+
+def operation_in(text: str) -> str:
+    """The operation of PyTorch that is named in what the compiler writes, or nothing."""
+    found = re.search(r'op_name="(?:[^"]*/)?(aten__\w+|xla__\w+)"', text)
+    return found[1] if found else ""
+
+
+def source_in(text: str) -> str:
+    """The line that is named, see `Instruction.source`."""
+    found = _SOURCE.search(text)
+    return f"{found[1]}:{found[2]}{found[3] or ''}" if found else ""
 
 
 def arrays_of(shape: str) -> list[Array]:

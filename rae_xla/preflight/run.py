@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 # Of the host's memory; a worker that compiles XL takes some 6 GiB.
 DEFAULT_JOBS = 1
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
-# Where in the code an operation comes from is kept only if this is set before torch_xla starts.
-TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_IR_DEBUG": "1", "XLA_HLO_DEBUG": "1"}
+# The names of operations are kept only if this is set before torch_xla starts.
+TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_HLO_DEBUG": "1"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,8 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import sys
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +65,7 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
     from jaxlib.mlir import ir
 
     with mlir.make_ir_context():
-        parsed = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(hlo))
-        module = ir.Module.parse(_at_our_lines(parsed.operation.get_asm(enable_debug_info=True)))
+        module = ir.Module.parse(xla_client._xla.mlir.hlo_to_stablehlo(hlo))
         functions: Any = module.body.operations
         main = next(function for function in functions if function.attributes["sym_name"].value == "main")
         attributes = []
@@ -82,44 +79,6 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
         bytecode = io.BytesIO()
         module.operation.write_bytecode(bytecode)
         return bytecode.getvalue()
-
-
-def _at_our_lines(text: str) -> str:
-    """A module's text with every chain of calls cut to its innermost line in this project.
-
-    The compiler passes on one line for an operation, the innermost, which is PyTorch's own. Functions other than main
-    are bodies of scans, which were lowered by themselves: their numbers of lines belong to tables that are lost.
-    """
-    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, flags=re.MULTILINE))
-
-    @cache
-    def ours(name: str) -> str | None:
-        content = locations.get(name, "")
-        chain = re.fullmatch(r"callsite\((#loc\d*) at (#loc\d*)\)", content)
-        if chain:
-            return ours(chain[1]) or ours(chain[2])
-        named = re.fullmatch(r'"[^"]*"\((#loc\d*)\)', content)
-        if named:
-            return ours(named[1])
-        found = re.fullmatch(r'"[^"]*/(rae_xla/[^"]*)":(\d+).*', content)
-        return f'"{found[1]}":{found[2]}:0' if found else None
-
-    def cut(line: re.Match[str]) -> str:
-        found = ours(line[1]) if line[2].startswith("callsite") else None
-        return f"{line[1]} = loc({found})" if found else line[0]
-
-    def without_line(used: re.Match[str]) -> str:
-        name = re.match(r'"[^"]*"', locations.get(used[1], ""))
-        return f"loc({name[0]})" if name else "loc(unknown)"
-
-    lines, inside = [], False
-    for line in text.split("\n"):
-        if line.startswith("  func.func"):
-            inside = not line.startswith("  func.func @main")
-        lines.append(re.sub(r"loc\((#loc\d*)\)", without_line, line) if inside and line.startswith(" ") else line)
-        if line.startswith("  }"):
-            inside = False
-    return re.sub(r"^(#loc\d*) = loc\((.*)\)$", cut, "\n".join(lines), flags=re.MULTILINE)
 
 
 if __name__ == "__main__":

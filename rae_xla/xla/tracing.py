@@ -20,6 +20,7 @@ from rae_xla.precision import Precision
 from rae_xla.runtime import TracedArgument, TracedProgram, Tree
 from rae_xla.sharding import MeshConfig, Partition
 from rae_xla.xla.runtime import XLARuntime
+from rae_xla.xla.source_lines import source_lines
 
 
 class TracingRuntime(XLARuntime):
@@ -61,7 +62,8 @@ class TracingStep:
         """Raises a `TracedProgram`."""
         inputs, spec = tree_flatten_with_path({"state": state, "frozen": frozen, "batch": batch})
         given = tree_unflatten([tensor for _, tensor in inputs], spec)
-        new_state, outputs = self._function(given["state"], given["frozen"], given["batch"])
+        with source_lines():
+            new_state, outputs = self._function(given["state"], given["frozen"], given["batch"])
         num_state = len(tree_flatten(new_state)[0])
         results = tree_flatten((new_state, outputs))[0]
         partitions = self._runtime.partitions
