@@ -22,8 +22,8 @@ from rae_xla.preflight.run import Compiled, Job, compile_all
 from rae_xla.preflight.topologies import topology
 from rae_xla.recipe import load_recipe
 
-# No parameter has this size, so that arrays of the whole batch can be told.
-IMAGES = 8 * 19
+# Nothing else has this size, heads times a chip's images included, so that arrays of the whole batch can be told.
+IMAGES = 8 * 47
 NARROW = {
     "encoder": ["autoencoder.encoder.depth=1"],
     "decoder": ["autoencoder.decoder.depth=1"],
@@ -205,7 +205,7 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     kept = {path.name for path in cache.iterdir()}
     out = tmp_path / "out"
     options = ["--topology", "v6e-8", "--program", "train", "--cache", str(cache), "--out", str(out)]
-    options += ["--dump-hlo", str(tmp_path / "hlo"), "--json", str(tmp_path / "result.json")]
+    options += ["--jobs", "2", "--dump-hlo", str(tmp_path / "hlo"), "--json", str(tmp_path / "result.json")]
     code, output, errors = run_tool("preflight", recipe, *overrides, *options)
     assert code == 0, errors
     result = json.loads((tmp_path / "result.json").read_text())

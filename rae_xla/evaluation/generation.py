@@ -158,6 +158,8 @@ class Sampler:
         return sampling_times(config.num_grid_points, self.shift, end_at_zero=config.end_at_zero)
 
     def _call(self, module: Any, tensors: Any, *arguments: Tensor) -> Tensor:
+        # Left to itself the compiler may have every device compute a loop's whole batch.
+        arguments = tuple(self._runtime.split_batch(argument) for argument in arguments)
         return call(module, tensors, self._runtime.compute_dtype, *arguments, whole=self._runtime.whole)
 
     def _velocity(self, weights: Any) -> Velocity:

@@ -58,8 +58,9 @@ def classifier_free(velocity: Velocity, config: ClassifierFreeGuidance, null_lab
 
     def guided(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         null = torch.full_like(labels, null_label)
-        both = velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, null]))
-        conditional, unconditional = both.chunk(2)
+        # Side by side, not end to end: a batch that is split over devices then stays where it is.
+        pairs = [torch.stack(both, dim=1).flatten(0, 1) for both in ((x, x), (t, t), (labels, null))]
+        conditional, unconditional = velocity(*pairs).unflatten(0, (-1, 2)).unbind(1)
         return _extrapolate(conditional, unconditional, t, config)
 
     return guided
