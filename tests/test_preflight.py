@@ -39,7 +39,11 @@ SHIPPED = {
     ("diffusion", "train"): (f"{QUICKSTART}/diffusion.yaml", [BATCH, *NARROW["encoder"], *NARROW["dit"]]),
     ("sample", "sample"): (
         f"{QUICKSTART}/sample_classifier_free.yaml",
-        [f"sampler.batch_size={IMAGES}", *NARROW["encoder"], *NARROW["decoder"], *NARROW["dit"]],
+        # Four heads and both halves of a guided batch are eight times a chip's images, which is all images.
+        [
+            *[f"sampler.batch_size={IMAGES}", "model.num_heads=3", "model.head_num_heads=2"],
+            *[*NARROW["encoder"], *NARROW["decoder"], *NARROW["dit"]],
+        ],
     ),
     ("xl", "train"): (
         "recipes/synthetic/dit_dh_xl.yaml",
