@@ -71,6 +71,7 @@ def test_slices_by_their_cloud_names() -> None:
     assert topology("v5p-64").num_chips == 32 and topology("v5p-64").shape == (2, 4, 4)
     assert topology("v5p-128").wraps == (True,) * 3 and topology("v5p-64").wraps == (False,) * 3
     assert topology("v5e-16").generation == "v5litepod" and topology("v4-8").num_chips == 4
+    assert topology("v4-64").for_compiler == ("v4:2x4x4", {"chip_config_name": "megacore"})
     assert topology("4xv6e-64").num_chips == 256 and topology("4xv6e-64").for_compiler == ("v6e:8x8", {"num_slices": 4})
 
 
@@ -87,6 +88,8 @@ def test_a_mesh_that_does_not_fit_the_slice_and_other_mistakes(monkeypatch: pyte
     recipe = f"{QUICKSTART}/diffusion.yaml"
     code, output, errors = run_tool("preflight", recipe, "mesh.fsdp=3", "--topology", "v6e-8")
     assert code == 2 and "mesh: data: -1, fsdp: 3 does not fit 8 devices" in errors and not output
+    code, _, errors = run_tool("preflight", recipe, "--topology", "2xv6e-8")
+    assert code == 2 and "mesh.slices: 2xv6e-8 has 2, the recipe says 1" in errors
     code, _, errors = run_tool("preflight", recipe, "--topology", "v6e-8", "--program", "fly")
     assert code == 2 and "--program: this recipe has no 'fly'; use train or sample" in errors
     code, _, errors = run_tool("preflight", f"{QUICKSTART}/evaluation.yaml", "--topology", "v6e-8")
@@ -219,7 +222,8 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     assert hbm["arguments"] < hbm["peak"] < hbm["capacity"] == 31.25
     parts = seconds["compute"] + seconds["exposed_communication"] + seconds["exposed_memory_transfers"]
     assert math.isclose(parts, seconds["step"], rel_tol=1e-6) and seconds["compute"] > 0
-    assert 0 < program["mfu"] < 1 and 0.9 < flops["compiled_per_model"] < 1.5
+    # Nothing is rematerialised here, so the compiled products are those that PyTorch counts by itself.
+    assert 0 < program["mfu"] < 1 and abs(flops["compiled_per_model"] - 1) < 0.01
     # What is compiled is in the cache by its content, so nothing but the calibration was compiled again.
     assert kept < {path.name for path in cache.iterdir()}
     assert len(result["calibration"]) == 3 and all(row["ratio"] > 0.95 for row in result["calibration"])

@@ -38,6 +38,8 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         settings = [(), *[extra for extra in _alternatives(recipe, topologies) if extra]]
     for where in topologies:
         recipe.mesh.shape_for(where.num_chips)
+        if recipe.mesh.slices != where.num_slices:
+            raise UserError(f"mesh.slices: {where.name} has {where.num_slices}, the recipe says {recipe.mesh.slices}")
     jobs = [
         Job(recipe=arguments.recipe, overrides=(*arguments.overrides, *extra), program=program, topology=where)
         for program in programs

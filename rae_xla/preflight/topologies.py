@@ -33,12 +33,14 @@ class Chip:
     cores: int
     torus_3d: bool
     chips_per_host: int
+    chip_config: str | None = None
+    """libtpu's name of it, where it takes a chip's cores for two devices otherwise."""
 
 
 CHIPS = {
     "v4": Chip(
         platform="v4", peak_flops=275e12, clock=1.05e9, hbm_gib=30.75, hbm_bandwidth=1.2e12, link_bandwidth=4.5e10,
-        dcn_bandwidth=6.25e9, cores=2, torus_3d=True, chips_per_host=4,
+        dcn_bandwidth=6.25e9, cores=2, torus_3d=True, chips_per_host=4, chip_config="megacore",
     ),
     "v5litepod": Chip(
         platform="v5e", peak_flops=197e12, clock=1.5e9, hbm_gib=15.75, hbm_bandwidth=8.19e11, link_bandwidth=4.5e10,
@@ -105,6 +107,8 @@ class Topology:
     def for_compiler(self) -> tuple[str, dict[str, object]]:
         """libtpu's name of it, and options: a part of a host has to say so."""
         options: dict[str, object] = {}
+        if self.chip.chip_config is not None:
+            options["chip_config_name"] = self.chip.chip_config
         if self.num_slices > 1:
             options["num_slices"] = self.num_slices
         if self.chips_per_slice < self.chip.chips_per_host or self.shape == (2, 2):

@@ -31,6 +31,7 @@ def compile_program(directory: Path) -> dict[str, Any]:
     job, traced = [json.loads((directory / name).read_text()) for name in ("job.json", "traced.json")]
     topology = topologies.get_topology_desc(topology_name=job["topology"], platform="tpu", **job["topology_options"])
     devices: Any = topology.devices
+    assert len(devices) == job["num_chips"], (len(devices), job)
     options = compiler.get_compile_options(
         num_replicas=1, num_partitions=len(devices), device_assignment=np.array([[device.id for device in devices]])
     )
