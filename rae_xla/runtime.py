@@ -105,19 +105,24 @@ class TracedArgument:
     shape: list[int]
     dtype: str
     sharding: str
+    parts: int
     replaced_by: int | None
 
 
 class TracedProgram(BaseException):
     """Raised by a step of the ``tracing`` runtime in place of running: nothing that catches errors is to catch it.
 
-    ``num_images``: rows of the batch, on all devices together. ``arguments``: in the order of the program's.
+    ``num_images``: rows of the batch, on all devices together. ``mesh``: sizes of data and fsdp. ``arguments``: in the
+    order of the program's.
     """
 
-    def __init__(self, name: str, num_images: int, hlo: bytes, arguments: list[TracedArgument]) -> None:
+    def __init__(
+        self, name: str, num_images: int, mesh: tuple[int, int], hlo: bytes, arguments: list[TracedArgument]
+    ) -> None:
         super().__init__(name)
         self.name = name
         self.num_images = num_images
+        self.mesh = mesh
         self.hlo = hlo
         self.arguments = arguments
 

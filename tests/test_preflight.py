@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,12 @@ from conftest import ROOT, run_python, run_tool
 
 from rae_xla.errors import UserError
 from rae_xla.preflight import run
-from rae_xla.preflight.cost import refusal
+from rae_xla.preflight.calibration import CALIBRATIONS
 from rae_xla.preflight.estimate import Estimator
 from rae_xla.preflight.hlo import Module, arrays_of
 from rae_xla.preflight.layout import layout_of
+from rae_xla.preflight.links import Links
 from rae_xla.preflight.programs import programs_of
-from rae_xla.preflight.report import explained
 from rae_xla.preflight.run import Compiled, Job, compile_all
 from rae_xla.preflight.topologies import topology
 from rae_xla.recipe import load_recipe
@@ -162,7 +163,7 @@ def test_every_shipped_recipe_splits_its_batch_and_gathers_its_parameters(
     module = Module(compiled.hlo)
     assert compiled.traced["num_images"] == IMAGES
     layout = layout_of(module, compiled.traced, 8)
-    assert layout.problems() == [], layout
+    assert layout.results_checked and layout.problems() == [], layout
     rows = {
         i.arrays[0].sizes[0]
         for i in module.entry.instructions
@@ -209,7 +210,7 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     shipped: dict[tuple[str, str], Compiled], cache: Path, tmp_path: Path
 ) -> None:
     recipe, overrides = SHIPPED["diffusion", "train"]
-    kept = {path.name for path in cache.iterdir()}
+    compiled_before = {path.name for path in cache.iterdir()}
     out = tmp_path / "out"
     options = ["--topology", "v6e-8", "--program", "train", "--cache", str(cache), "--out", str(out)]
     options += ["--jobs", "2", "--dump-hlo", str(tmp_path / "hlo"), "--json", str(tmp_path / "result.json")]
@@ -224,8 +225,8 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     assert math.isclose(parts, seconds["step"], rel_tol=1e-6) and seconds["compute"] > 0
     # Nothing is rematerialised here, so the compiled products are those that PyTorch counts by itself.
     assert 0 < program["mfu"] < 1 and abs(flops["compiled_per_model"] - 1) < 0.01
-    # What is compiled is in the cache by its content, so nothing but the calibration was compiled again.
-    assert kept < {path.name for path in cache.iterdir()}
+    # What is compiled is in the cache by its content: only the calibration was compiled anew.
+    assert len({path.name for path in cache.iterdir()} - compiled_before) == len(CALIBRATIONS)
     assert len(result["calibration"]) == 3 and all(row["ratio"] > 0.95 for row in result["calibration"])
     assert "Facts, from the TPU's compiler" in output and "rae_xla/" in output
     hlo = (tmp_path / "hlo" / "train_v6e-8.hlo.txt").read_text()
@@ -236,57 +237,73 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     assert "<svg" in (out / "report.html").read_text()
 
 
-REFUSAL = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 121.50G of 31.25G hbm.
-Exceeded hbm capacity by 90.25G.
-
-  Largest program allocations in hbm:
-
-  1. Size: 4.00G
-     Operator: op_name="rae_xla__device_scan/call.9/rae_xla/models/layers.py_118 backward/aten__mm"
-     Shape: f32[1024,256,4096]{2,1,0:T(8,128)}
-     Unpadded size: 512.00M
-     Extra memory due to padding: 3.50G (8.0x expansion)
-     Allocation type: HLO temp
-     ==========================
-
-  2. Size: 512.00M
-     Shape: bf16[1024,256,1024]{2,1,0:T(8,128)(2,1)}
-     Unpadded size: 512.00M
-     Allocation type: HLO temp
-"""
-
-
-def test_a_program_that_is_too_large_is_told_by_how_much_and_by_what() -> None:
-    used, largest = refusal(REFUSAL)
-    assert used == 121.5 and [allocation["gib"] for allocation in largest] == [4.0, 0.5]
-    result = {
-        "name": "train",
-        "topology": "v6e-8",
-        "fits": False,
-        "hbm_gib": {"peak": used, "capacity": 31.25},
-        "largest_allocations": largest,
-    }
-    told = explained(result)
-    assert "needs 121.5 of 31.25 GiB a chip, 90.2 too much" in told and "compute.remat=block" in told
+def test_a_batch_that_is_too_large_is_told_with_its_allocations(cache: Path, tmp_path: Path) -> None:
+    recipe, overrides = SHIPPED["diffusion", "train"]
+    options = ["--topology", "v5litepod-1", "--program", "train", "--cache", str(cache), "--jobs", "2"]
+    options += ["--json", str(tmp_path / "result.json"), "--out", str(tmp_path)]
+    code, output, errors = run_tool("preflight", recipe, *overrides, "data.batch_size=65536", *options)
+    assert code == 0, errors
+    [program] = json.loads((tmp_path / "result.json").read_text())["programs"]
+    assert not program["fits"] and program["hbm_gib"]["peak"] > program["hbm_gib"]["capacity"] == 15.75
+    assert program["seconds"]["step"] is None and program["mfu"] is None
+    assert re.search(r"train on v5litepod-1 needs \d+\.\d of 15.75 GiB a chip, \d+\.\d too much. Largest: ", output)
     assert (
-        "4.00 GiB f32[1024,256,4096] (aten__mm, rae_xla/models/layers.py:118 backward, 8 times its size by padding)"
-        in told
+        "65536" in output
+        and "compute.remat=block" in output
+        and "Does not fit" in (tmp_path / "report.html").read_text()
     )
 
 
+SLICES = """HloModule m, is_scheduled=true
+
+%all-reduce-scatter.1 (p: f32[8,64]) -> f32[1,64] {
+  %p = f32[8,64]{1,0:S(1)} parameter(0)
+  %sum = f32[8,64]{1,0:S(1)} all-reduce(%p), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %mine = f32[1,64]{1,0:S(1)} dynamic-slice(%sum, %i), dynamic_slice_sizes={1,64}
+}
+
+ENTRY %main (a: f32[8,64]) -> f32[8,64] {
+  %a = f32[8,64]{1,0:S(1)} parameter(0)
+  %part = f32[1,64]{1,0:S(1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+  %token = token[] after-all()
+  %out = (f32[8,64]{1,0}, u32[], token[]) send(%a, %token), channel_id=5, is_host_transfer=true
+  %in = (f32[8,64]{1,0}, u32[], token[]) recv(%token), channel_id=5, is_host_transfer=true
+  %gone = token[] send-done(%out), channel_id=5, is_host_transfer=true
+  %here = (f32[8,64]{1,0}, token[]) recv-done(%in), channel_id=5, is_host_transfer=true
+  %swap = f32[8,64]{1,0:S(1)} all-to-all(%a), channel_id=7, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %result = f32[8,64]{1,0} get-tuple-element(%here), index=0
+}
+"""
+
+
+def test_each_kind_of_transfer_is_counted_with_its_bytes() -> None:
+    coordinates = [[x, y, 0] for y in range(4) for x in range(2)] * 2
+    found = Estimator(Module(SLICES), topology("2xv6e-8"), coordinates, (2, 8)).estimate()
+    size = 4 * 8 * 64
+    # Of its eight parts a chip keeps one, and sends seven on, or out.
+    expected = {"reduce-scatter over fsdp 8": size * 7 // 8, "all-to-all over fsdp 8": size * 7 // 8}
+    assert found.bytes_by_collective == {**expected, "between slices": size}
+    assert found.waits >= sum(found.seconds_by_collective.values()) * 0.99
+    assert found.seconds_by_collective["between slices"] == size / 1.25e10
+
+
 def test_transfers_take_their_bytes_over_the_links_of_their_axes() -> None:
-    where = topology("v6e-64")
-    coordinates = [[x, y, 0] for y in range(8) for x in range(8)]
-    estimator = Estimator(Module(PRODUCTS), where, coordinates)
-    row, everyone = list(range(8)), list(range(64))
+    links = Links(topology("v6e-64"), [[x, y, 0] for y in range(8) for x in range(8)])
+    row, everyone, gigabytes = list(range(8)), list(range(64)), 9 * 10**9
     # One axis without a ring: seven eighths of it pass one link one way, after seven hops.
-    assert math.isclose(estimator._gather_seconds(9 * 10**9, row), 7e-6 + 9e9 * 7 / 8 / 9e10)
-    assert math.isclose(estimator._gather_seconds(9 * 10**9, everyone), 14e-6 + 9e9 * 63 / 64 / 1.8e11)
+    assert math.isclose(links.gather_seconds(gigabytes, row), 7e-6 + 9e9 * 7 / 8 / 9e10)
+    assert math.isclose(links.gather_seconds(gigabytes, everyone), 14e-6 + 9e9 * 63 / 64 / 1.8e11)
+    # Every other chip of a row: two groups share its links.
+    assert math.isclose(links.gather_seconds(gigabytes, row[::2]), 6e-6 + 2 * 9e9 * 3 / 4 / 9e10)
     # A ring of a row: the way back from its end passes every link.
-    pairs = [[x, (x + 1) % 8] for x in row]
-    assert math.isclose(estimator._permutation_seconds(9 * 10**9, pairs), 7e-6 + 0.1)
-    ring = Estimator(Module(PRODUCTS), topology("v6e-256"), [[x, y, 0] for y in range(16) for x in range(16)])
-    assert math.isclose(ring._gather_seconds(9 * 10**9, list(range(16))), 8e-6 + 9e9 * 15 / 16 / 1.8e11)
+    assert math.isclose(links.permutation_seconds(gigabytes, [[x, (x + 1) % 8] for x in row]), 7e-6 + 0.1)
+    ring = Links(topology("v6e-256"), [[x, y, 0] for y in range(16) for x in range(16)])
+    assert math.isclose(ring.gather_seconds(gigabytes, list(range(16))), 8e-6 + 9e9 * 15 / 16 / 1.8e11)
+
+
+def test_a_loop_whose_turns_cannot_be_read_is_an_error() -> None:
+    with pytest.raises(ValueError, match="loop: the number of its turns cannot be read"):
+        Module(PRODUCTS.replace("s32[] constant(12)", "s32[] get-tuple-element(%p), index=0")).total_flops()
 
 
 def test_every_recipe_that_has_programs_is_compiled_here() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from rae_xla.preflight.estimate import Estimate, Estimator
 from rae_xla.preflight.hlo import Instruction, Module, operation_in, source_in
@@ -14,7 +17,17 @@ from rae_xla.preflight.run import Compiled
 
 GIB = 2**30
 # What moves values without computing any.
-_MOVES = ("copy", "reshape", "transpose", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate", "broadcast")
+_MOVES = (
+    "copy",
+    "reshape",
+    "transpose",
+    "pad",
+    "slice",
+    "dynamic-slice",
+    "dynamic-update-slice",
+    "concatenate",
+    "broadcast",
+)
 _TOP = 20
 _LARGEST = 6
 
@@ -40,18 +53,32 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
         "num_images": num_images,
         "images_per_chip": num_images / topology.num_chips,
     }
+    arguments = _arguments(compiled.traced)
+    held = sum(argument["gib"] for argument in arguments)
     if "too_large" in compiled.compiled:
-        used, largest = refusal(compiled.compiled["too_large"])
+        # What the compiler says that a program needs is without its arguments.
+        temporaries, largest = refusal(compiled.compiled["too_large"])
+        nothing = dict.fromkeys(("outputs", "aliased"), None)
         result |= {
             "fits": False,
-            "hbm_gib": {"peak": used, "capacity": chip.hbm_gib},
-            "largest_allocations": largest,
-            "flops_per_chip": {"model": model_flops},
-            "seconds": {"compile": compiled.compiled["seconds"]},
+            "hbm_gib": {
+                "peak": temporaries + held,
+                "arguments": held,
+                "temporaries": temporaries,
+                **nothing,
+                "capacity": chip.hbm_gib,
+            },
+            "largest_allocations": _largest([*largest, *arguments]),
+            "flops_per_chip": {"model": model_flops, "compiled": None},
+            "seconds": {
+                **dict.fromkeys(("compute", "exposed_communication", "step"), None),
+                "compile": compiled.compiled["seconds"],
+            },
+            "mfu": None,
         }
         return Cost(result, None, None)
     module = Module(compiled.hlo)
-    estimate = Estimator(module, topology, compiled.compiled["coordinates"]).estimate()
+    estimate = Estimator(module, topology, compiled.compiled["coordinates"], compiled.traced["mesh"]).estimate()
     sizes = {name: size / GIB for name, size in compiled.compiled["bytes"].items()}
     peak = sizes["arguments"] + sizes["temporaries"] + sizes["outputs"] - sizes["aliased"] + sizes["code"]
     flops = module.total_flops()
@@ -73,6 +100,7 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
             {"kind": kind, "mib": num_bytes / 2**20, "milliseconds": 1e3 * estimate.seconds_by_collective[kind]}
             for kind, num_bytes in sorted(estimate.bytes_by_collective.items())
         ],
+        "largest_allocations": _largest(arguments),
         "layout_problems": layout_of(module, compiled.traced, topology.num_chips).problems(),
         **_where_time_goes(module, estimate, chip.clock),
     }
@@ -80,6 +108,24 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
         hours = num_images_of_run / images_per_second / 3600
         result["run"] = {"hours": hours, "chip_hours": hours * topology.num_chips}
     return Cost(result, estimate, module)
+
+
+def _arguments(traced: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each argument takes on a chip, without padding, like an allocation of `refusal`."""
+    return [
+        {
+            "gib": math.prod(a["shape"]) * getattr(torch, a["dtype"]).itemsize / a["parts"] / GIB,
+            "shape": f"{a['dtype']}{a['shape']}",
+            "operation": a["name"],
+            "source": f"an input in {a['parts']} parts",
+            "padding_factor": 1.0,
+        }
+        for a in traced["arguments"]
+    ]
+
+
+def _largest(allocations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(allocations, key=lambda allocation: -allocation["gib"])[:_LARGEST]
 
 
 def _where_time_goes(module: Module, estimate: Estimate, clock: float) -> dict[str, Any]:
@@ -112,24 +158,29 @@ def kind_of(module: Module, instruction: Instruction) -> str:
     return "moves" if instruction.opcode in _MOVES else "other"
 
 
-def refusal(message: str) -> tuple[float | None, list[dict[str, Any]]]:
-    """GiB that the compiler says a program needs, and the largest allocations that it names."""
+def refusal(message: str) -> tuple[float, list[dict[str, Any]]]:
+    """GiB that the compiler says a program needs besides its arguments, and the largest allocations that it names."""
     used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
+    if used is None:
+        raise ValueError(f"the compiler refused without saying what is needed: {message[:300]}")
     largest = []
-    for part in re.split(r"\n\s*\d+\. Size: ", message)[1 : 1 + _LARGEST]:
+    for part in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
         size = re.match(r"([\d.]+)([KMGT])", part)
         shape = re.search(r"Shape: (\S+)", part)
         padding = re.search(r"\(([\d.]+)x expansion\)", part)
+        label = re.search(r"XLA label: \S+ = ([\w\-]+)\(", part)
+        if size is None:
+            continue
         largest.append(
             {
-                "gib": _gib(*size.groups()) if size else None,
+                "gib": _gib(*size.groups()),
                 "shape": shape[1] if shape else "",
-                "operation": operation_in(part),
+                "operation": operation_in(part) or (f"the compiler's {label[1]}" if label else "the compiler's own"),
                 "source": source_in(part),
                 "padding_factor": float(padding[1]) if padding else 1.0,
             }
         )
-    return (_gib(*used.groups()) if used else None), largest
+    return _gib(*used.groups()), largest
 
 
 def _gib(number: str, unit: str) -> float:

@@ -26,6 +26,8 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([^\s,}]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([^\s,}]+)")
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # As `rae_xla.xla.source_lines` names it; XLA writes the colon as an underscore.
 _SOURCE = re.compile(r"(rae_xla/[\w/]+\.py)[:_](\d+)( backward)?")
 
@@ -74,10 +76,27 @@ class Instruction:
 
     @property
     def called(self) -> list[str]:
-        """The computations that it names: of a fusion, a loop, a reduction."""
-        return _CALLED.findall(self.attributes)
+        """The computations that it names: of a fusion, a loop, a reduction, the branches of a conditional."""
+        branches = [name for found in _BRANCHES.findall(self.attributes) for name in found if name]
+        return _CALLED.findall(self.attributes) + [n.strip().lstrip("%") for b in branches for n in b.split(",")]
 
     @property
+    def body(self) -> str:
+        """The computation that a loop repeats."""
+        return self._named("body")
+
+    @property
+    def condition(self) -> str:
+        """The computation that says whether a loop goes on."""
+        return self._named("condition")
+
+    def _named(self, what: str) -> str:
+        found = re.search(rf"{what}=%([^\s,}}]+)", self.attributes)
+        if found is None:
+            raise ValueError(f"{self.name}: a {self.opcode} without {what}")
+        return found[1]
+
+    @cached_property
     def cycles(self) -> int | None:
         """The compiler's estimate, if it has one."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
@@ -152,12 +171,15 @@ class Module:
         self.aliased = {int(p) for p in re.findall(r": \((\d+),", aliases[1])} if aliases else set()
 
     def trip_count(self, loop: Instruction, within: Computation) -> int:
-        """How often the body of a while-loop runs: from its counter's start, step and bound. One if unknown."""
+        """How often the body of a while-loop runs: from its counter's start, step and bound.
+
+        Raises:
+            ValueError: they are not constants that can be read.
+        """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        condition = self.computations[re.search(r"condition=%([^\s,}]+)", loop.attributes)[1]]  # type: ignore[index]
-        body = self.computations[re.search(r"body=%([^\s,}]+)", loop.attributes)[1]]  # type: ignore[index]
+        condition, body = self.computations[loop.condition], self.computations[loop.body]
         compare = condition.root
         if compare.opcode == "fusion":
             # The comparison was fused with its constant, which is then in it.
@@ -169,10 +191,12 @@ class Module:
             bounds = [c for c in map(_constant, operands) if c is not None]
             indices = [_index(i) for i in operands if i.opcode == "get-tuple-element"]
         if len(bounds) != 1 or len(indices) != 1:
-            return 1
+            raise ValueError(f"{loop.name}: the number of its turns cannot be read from {condition.name}")
         index = indices[0]
-        start = self._constant_at(within, within.by_name[loop.operands[0]], index) or 0
-        step = self._step(body, index) or 1
+        start = self._constant_at(within, within.by_name[loop.operands[0]], index)
+        step = self._step(body, index)
+        if start is None or step is None:
+            raise ValueError(f"{loop.name}: its counter's start or step cannot be read")
         return max(0, -(-(bounds[0] - start) // step))
 
     def _constant_at(self, computation: Computation, made: Instruction, index: int) -> int | None:
@@ -200,9 +224,8 @@ class Module:
         for instruction in computation.instructions:
             yield instruction, times
             if instruction.opcode == "while":
-                body = re.search(r"body=%([^\s,}]+)", instruction.attributes)
                 trips = self.trip_count(instruction, computation)
-                yield from self.runs(self.computations[body[1]], times * trips)  # type: ignore[index]
+                yield from self.runs(self.computations[instruction.body], times * trips)
             elif instruction.opcode in ("call", "conditional", "async-start"):
                 for name in instruction.called:
                     yield from self.runs(self.computations[name], times)
@@ -229,8 +252,28 @@ class Module:
 
     def total_flops(self) -> int:
         """Of the whole program on one chip."""
-        home = {id(i): c for c in self.computations.values() for i in c.instructions}
-        return sum(times * self.flops(instruction, home[id(instruction)]) for instruction, times in self.runs())
+        return sum(times * self.flops(instruction, self._home[id(instruction)]) for instruction, times in self.runs())
+
+    def collective(self, instruction: Instruction) -> tuple[Instruction, Computation] | None:
+        """The transfer between chips that an instruction is, or starts, carries on or ends, and where it stands."""
+        if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            return instruction, self._home[id(instruction)]
+        if instruction.opcode not in ("fusion", "async-start"):
+            return None
+        name = instruction.called[0]
+        if name not in self._collectives:
+            computation = self.computations[name]
+            inner = next((i for i in computation.instructions if i.opcode in COLLECTIVES), None)
+            self._collectives[name] = None if inner is None else (inner, computation)
+        return self._collectives[name]
+
+    @cached_property
+    def _collectives(self) -> dict[str, tuple[Instruction, Computation] | None]:
+        return {}
+
+    @cached_property
+    def _home(self) -> dict[int, Computation]:
+        return {id(i): computation for computation in self.computations.values() for i in computation.instructions}
 
     def origin(self, instruction: Instruction) -> tuple[str, str]:
         """Source and operation; of a fusion those of its product, or else of most of it."""
@@ -272,7 +315,9 @@ class Module:
         """Of the bytes that the program writes to HBM, those that fill tiles."""
         written, needed = 0, 0
         for instruction, times in self.runs():
-            if instruction.opcode in ("fusion", "copy", "convolution"):
+            # A fusion that writes a part in place would count with all of it.
+            in_place = "output_to_operand_aliasing" in instruction.attributes or "dynamic-update" in instruction.name
+            if instruction.opcode in ("fusion", "copy", "convolution") and not in_place:
                 for array in instruction.arrays:
                     if array.memory == 0:
                         written += times * array.bytes
@@ -303,7 +348,7 @@ def arrays_of(shape: str) -> list[Array]:
     arrays = []
     for dtype, sizes, order, layout in _ARRAY.findall(shape):
         if dtype not in ITEM_BITS:
-            continue
+            raise ValueError(f"{shape}: arrays of {dtype} are not known")
         tile = re.match(r"T\(([\d,]*)\)", layout)
         memory = re.search(r"S\((\d+)\)", layout)
         numbers = _numbers(sizes)
@@ -397,11 +442,9 @@ def _convolution_flops(convolution: Instruction, left: Array, kernel: Array) -> 
         valid *= _valid_positions(
             left.sizes[lhs.index(label)], output.sizes[out.index(label)], *[values[place] for values in window]
         )
-    feature_groups = re.search(r"feature_group_count=(\d+)", convolution.attributes)
     batch_groups = re.search(r"batch_group_count=(\d+)", convolution.attributes)
-    inputs = kernel.sizes[rhs.index("i")]
+    inputs = kernel.sizes[rhs.index("i")]  # of one group, if there are groups of features
     batch = left.sizes[lhs.index("b")] // (int(batch_groups[1]) if batch_groups else 1)
-    del feature_groups  # The kernel's input features are those of one group already.
     return 2 * inputs * output.sizes[out.index("f")] * batch * valid
 
 

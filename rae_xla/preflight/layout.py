@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from rae_xla.preflight.estimate import COLLECTIVES
 from rae_xla.preflight.hlo import Instruction, Module
 
 # Labels and positions of the whole batch are nothing to a chip; features of every image are.
@@ -20,13 +19,14 @@ class Layout:
 
     ``unsplit_inputs``: parts of the batch that every chip holds whole. ``whole_batch``: results with a row for every
     image of the batch. ``gathered_elements``: that all-gathers make in one run, ``split_elements`` of parameters that
-    lie split.
+    lie split. ``results_checked``: false where parameters have a dimension of the batch's size, or on one chip.
     """
 
     unsplit_inputs: list[str]
     whole_batch: list[Instruction]
     gathered_elements: int
     split_elements: int
+    results_checked: bool
 
     def problems(self) -> list[str]:
         """One line for each thing that is wrong; none if nothing is."""
@@ -69,26 +69,16 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
     for instruction, times in module.runs():
         if is_telling and instruction.opcode not in _NAMES_ONLY and _is_of_all(instruction, num_images):
             whole.append(instruction)
-        for collective in _collectives(module, instruction):
-            if collective.opcode.startswith("all-gather") and collective.channel not in seen:
-                seen.add(collective.channel)
-                gathered += times * max(array.num_elements for array in collective.arrays)
-    return Layout(unsplit, whole, gathered, split)
+        found = module.collective(instruction)
+        if found and found[0].opcode.startswith("all-gather") and found[0].channel not in seen:
+            seen.add(found[0].channel)
+            gathered += times * max(array.num_elements for array in found[0].arrays)
+    return Layout(unsplit, whole, gathered, split, is_telling)
 
 
 def _is_of_all(instruction: Instruction, num_images: int) -> bool:
     arrays = instruction.arrays
     return any(num_images in array.sizes and array.num_elements >= FEATURES * num_images for array in arrays)
-
-
-def _collectives(module: Module, instruction: Instruction) -> list[Instruction]:
-    if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-        return [instruction]
-    if instruction.opcode in ("fusion", "async-start"):
-        return [
-            i for name in instruction.called for i in module.computations[name].instructions if i.opcode in COLLECTIVES
-        ]
-    return []
 
 
 def _bytes(instruction: Instruction) -> int:

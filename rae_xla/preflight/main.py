@@ -30,12 +30,18 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: an unknown slice or program, a recipe that does not fit the slice, no compiler.
     """
-    topologies = [topology(name) for name in arguments.topology]
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs: at least 1, got {arguments.jobs}")
+    for option, path in (("--out", arguments.out), ("--dump-hlo", arguments.dump_hlo), ("--cache", arguments.cache)):
+        if path and Path(path).is_file():
+            raise UserError(f"{option}: {path} is a file; give a directory")
+    topologies = [topology(name) for name in dict.fromkeys(arguments.topology)]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     programs = _chosen(recipe, arguments.program)
     settings: list[tuple[str, ...]] = [()]
     if arguments.search:
-        settings = [(), *[extra for extra in _alternatives(recipe, topologies) if extra]]
+        programs = ["train"]
+        settings = [(), *_alternatives(recipe, topologies)]
     for where in topologies:
         recipe.mesh.shape_for(where.num_chips)
         if recipe.mesh.slices != where.num_slices:
@@ -56,10 +62,11 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         of_run = _images_of_run(recipe) if found.job.program == "train" else None
         cost = cost_of(found, flops[found.job.program], of_run)
         cost.result["settings"] = list(found.job.overrides[len(arguments.overrides) :])
+        cost.result["remedies"] = _remedies(recipe, found.job)
         costs.append(cost)
     shown = _shown(costs, calibration, search=arguments.search)
     if arguments.dump_hlo:
-        _dump(Path(arguments.dump_hlo), [c for c, cost in zip(compiled, costs, strict=True) if cost.module])
+        _dump(Path(arguments.dump_hlo), compiled, costs)
     if arguments.out:
         directory = Path(arguments.out)
         for cost in costs:
@@ -79,7 +86,8 @@ def _calibration(compiled: list[Compiled]) -> list[dict[str, Any]]:
     rows = []
     for found in compiled:
         where, name = found.job.topology, found.job.program
-        estimate = Estimator(Module(found.hlo), where, found.compiled["coordinates"]).estimate().seconds
+        places, mesh = found.compiled["coordinates"], found.traced["mesh"]
+        estimate = Estimator(Module(found.hlo), where, places, mesh).estimate().seconds
         ideal = CALIBRATIONS[name].ideal_seconds(where.chip)
         rows.append(
             {
@@ -102,17 +110,31 @@ def _chosen(recipe: CommonRecipe, wanted: list[str] | None) -> list[str]:
 
 
 def _alternatives(recipe: CommonRecipe, topologies: list[Topology]) -> list[tuple[str, ...]]:
-    """A handful of settings that trade memory for time; of a training only."""
+    """A handful of settings that trade memory for time and that every slice admits; of a training only."""
     if not isinstance(recipe, TrainingRecipe):
         raise UserError("--search: tries settings of a training; this recipe has none")
-    remats = [f"compute.remat={kind}" for kind in ("none", "matmuls", "block") if kind != recipe.compute.remat]
-    smallest = min(where.num_chips for where in topologies)
-    fsdp = sorted({1, min(8, smallest), smallest} - {recipe.mesh.fsdp})
-    return [
-        *[(remat,) for remat in remats],
-        *[(f"mesh.fsdp={size}",) for size in fsdp],
-        (f"compute.num_microbatches={2 * recipe.compute.num_microbatches}",),
-    ]
+    chips = [where.num_chips for where in topologies]
+    settings: list[tuple[str, ...]] = []
+    settings += [(f"compute.remat={kind}",) for kind in ("none", "matmuls", "block") if kind != recipe.compute.remat]
+    sizes = sorted({1, 8, min(chips)} - {recipe.mesh.fsdp})
+    settings += [(f"mesh.fsdp={size}",) for size in sizes if not any(count % size for count in chips)]
+    parts = 2 * recipe.compute.num_microbatches
+    if not any(recipe.data.batch_size % (parts * count) for count in chips):
+        settings.append((f"compute.num_microbatches={parts}",))
+    return settings
+
+
+def _remedies(recipe: CommonRecipe, job: Job) -> list[str]:
+    """What may make a program fit that does not, of what is not done already."""
+    if job.program != "train" or not isinstance(recipe, TrainingRecipe):
+        return ["a smaller batch", "a larger slice"]
+    found = [] if recipe.compute.remat == "block" else ["compute.remat=block"]
+    parts = 2 * recipe.compute.num_microbatches
+    if recipe.data.batch_size % (parts * job.topology.num_chips) == 0:
+        found.append(f"compute.num_microbatches={parts}")
+    if recipe.mesh.fsdp < job.topology.chips_per_slice:
+        found.append(f"mesh.fsdp={job.topology.chips_per_slice}")
+    return [*found, "a smaller data.batch_size", "a larger slice", "or --search, which tries settings"]
 
 
 def _images_of_run(recipe: CommonRecipe) -> int:
@@ -131,7 +153,7 @@ def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool
     else:
         lines = [report.table([report.row_of(r) for r in results])]
     for result in results:
-        where = f"{result['name']} on {result['topology']}"
+        where = report.title_of(result)
         lines += [f"{where}: {problem}" for problem in result.get("layout_problems", [])]
         if not result["fits"]:
             lines.append(report.explained(result))
@@ -139,6 +161,10 @@ def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool
             lines.append(f"\n{where}: where the core's time goes")
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in result["shares"].items())
             lines.append(f"  {shares}; {100 * result['padding_share']:.0f}% of what is written pads tiles")
+            for row in result["collectives"]:
+                lines.append(
+                    f"  {row['milliseconds']:8.2f} ms on the links, {row['mib']:.0f} MiB a chip: {row['kind']}"
+                )
             for row in result["top_operations"][:8]:
                 made = f"{row['operation'] or 'compiler'} {row['source']}"
                 lines.append(f"  {row['milliseconds']:8.2f} ms {100 * row['share']:5.1f}%  {made}")
@@ -146,9 +172,10 @@ def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool
     return "\n".join([*lines, f"\n{report.BASIS}", f"Estimate over ideal where that is known: {known}."])
 
 
-def _dump(directory: Path, found: list[Any]) -> None:
+def _dump(directory: Path, compiled: list[Compiled], costs: list[Cost]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for compiled in found:
-        name = f"{compiled.job.program}_{compiled.job.topology.name}.hlo.txt"
-        shutil.copyfile(compiled.directory / "compiled.hlo", directory / name)
-        logger.info("wrote %s", directory / name)
+    for found, cost in zip(compiled, costs, strict=True):
+        if cost.module is not None:
+            path = directory / f"{report.file_name(cost.result)}.hlo.txt"
+            shutil.copyfile(found.directory / "compiled.hlo", path)
+            logger.info("wrote %s", path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from rae_xla.preflight.cost import Cost, kind_of
 from rae_xla.preflight.estimate import Estimate
@@ -93,24 +94,19 @@ def explained(result: dict[str, Any]) -> str:
     if result["fits"]:
         return ""
     hbm = result["hbm_gib"]
-    if hbm["peak"] is None:
-        return f"{result['name']} on {result['topology']} does not fit in {hbm['capacity']:g} GiB"
     over = hbm["peak"] - hbm["capacity"]
     largest = "; ".join(
-        f"{a['gib']:.2f} GiB {a['shape'].split('{')[0]} ({_made_by(a)})"
-        for a in result.get("largest_allocations", [])[:3]
-        if a["gib"] is not None
+        f"{a['gib']:.2f} GiB {a['shape'].split('{')[0]} ({_made_by(a)})" for a in result["largest_allocations"][:4]
     )
     return (
-        f"{result['name']} on {result['topology']} needs {hbm['peak']:.1f} of {hbm['capacity']:g} GiB a chip, "
-        f"{over:.1f} too much. Largest: {largest or 'not named'}. Try compute.remat=block, a larger mesh.fsdp or "
-        "compute.num_microbatches=2; --search tries them"
+        f"{title_of(result)} needs {hbm['peak']:.1f} of {hbm['capacity']:g} GiB a chip, {over:.1f} too much. "
+        f"Largest: {largest}. Try {', '.join(result['remedies'])}"
     )
 
 
 def _made_by(allocation: dict[str, Any]) -> str:
     factor = allocation["padding_factor"]
-    parts = [allocation["operation"] or "the compiler's own", allocation["source"]]
+    parts = [allocation["operation"], allocation["source"]]
     parts.append(f"{factor:g} times its size by padding" if factor > 1 else "")
     return ", ".join(part for part in parts if part)
 
@@ -119,15 +115,15 @@ def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:
     """``report.html`` in ``directory``; returns its path."""
     parts = [
         {
-            "title": f"{cost.result['name']} on {cost.result['topology']}",
+            "title": title_of(cost.result),
             "refused": explained(cost.result),
-            "timeline": "" if cost.estimate is None else _timeline(cost.module, cost.estimate),
+            "timeline": "" if cost.estimate is None else Markup(_timeline(cost.module, cost.estimate)),
             "operations": cost.result.get("top_operations", []),
             "collectives": cost.result.get("collectives", []),
         }
         for cost in costs
     ]
-    page = jinja2.Environment(autoescape=False).from_string(TEMPLATE)
+    page = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     html = page.render(
         recipe=recipe,
         basis=BASIS,
@@ -142,23 +138,33 @@ def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:
     return path
 
 
+def title_of(result: dict[str, Any]) -> str:
+    """Program, slice, and the settings that were laid over the recipe's, for people."""
+    return " ".join([f"{result['name']} on {result['topology']}", *result["settings"]])
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """The same, for a file."""
+    return "_".join([result["name"], result["topology"], *result["settings"]])
+
+
 def write_trace(directory: Path, cost: Cost) -> Path | None:
-    """``PROGRAM_SLICE.trace.json.gz`` in ``directory``, in Chrome's format; nothing for what does not fit."""
+    """``PROGRAM_SLICE[_SETTINGS].trace.json.gz`` in ``directory``, in Chrome's format; none if it does not fit."""
     if cost.estimate is None:
         return None
-    lanes = {"core": 1, "links": 2, "memory": 3}
-    named = {"core": "core", "links": "links between chips", "memory": "HBM to core memory"}
+    lanes = {"core": 1, "links": 2, "slices": 3, "memory": 4}
+    named = {"core": "core", "links": "links", "slices": "between slices", "memory": "HBM to core memory"}
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": lanes[lane], "args": {"name": name}}
         for lane, name in named.items()
     ]
     for event in cost.estimate.events:
         made = event.instruction
-        about = {} if made is None else {"source": made.source, "operation": made.operation, "shape": made.shape[:200]}
+        about = {"source": made.source, "operation": made.operation, "shape": made.shape[:200]}
         times = {"ts": 1e6 * event.start, "dur": 1e6 * event.seconds}
-        events.append({"ph": "X", "name": event.name, "pid": 1, "tid": lanes[event.lane], **times, "args": about})
+        events.append({"ph": "X", "name": made.name, "pid": 1, "tid": lanes[event.lane], **times, "args": about})
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{cost.result['name']}_{cost.result['topology']}.trace.json.gz"
+    path = directory / f"{file_name(cost.result)}.trace.json.gz"
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events}, file)
     return path
@@ -170,12 +176,12 @@ def _timeline(module: Module | None, estimate: Estimate) -> str:
     width = estimate.seconds / _COLUMNS
     core: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(_COLUMNS)]
     links = [0.0] * _COLUMNS
+    kinds: dict[int, str] = {}
     for event in estimate.events:
         if event.lane == "memory":
             continue
-        kind = (
-            kind_of(module, event.instruction) if event.instruction and event.instruction.opcode != "while" else "other"
-        )
+        made = id(event.instruction)
+        kind = kinds[made] = kinds.get(made) or kind_of(module, event.instruction)
         column = int(event.start / width)
         start, end = event.start, event.start + event.seconds
         while column < _COLUMNS and column * width < end:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -22,8 +22,8 @@ from rae_xla.preflight.trace_worker import USER_ERROR
 
 logger = logging.getLogger(__name__)
 
-# Of the host's memory; a worker that compiles XL takes some 6 GiB.
-DEFAULT_JOBS = 1
+# Of what the workers leave: an older cache is not read.
+FORMAT = 2
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
 # The names of operations are kept only if this is set before torch_xla starts.
 TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_HLO_DEBUG": "1"}
@@ -68,7 +68,7 @@ def check_compiler() -> None:
         )
 
 
-def compile_all(jobs: list[Job], cache: Path, num_workers: int = DEFAULT_JOBS) -> list[Compiled]:
+def compile_all(jobs: list[Job], cache: Path, num_workers: int) -> list[Compiled]:
     """Trace and compile, so many at once, or take what is in ``cache`` of the same program; in the order of ``jobs``.
 
     Raises:
@@ -76,8 +76,15 @@ def compile_all(jobs: list[Job], cache: Path, num_workers: int = DEFAULT_JOBS) -
     """
     check_compiler()
     with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(_compiled, job, cache) for job in jobs]
-        return [future.result() for future in futures]
+        futures = {job: pool.submit(_compiled, job, cache) for job in jobs}
+        try:
+            for done in as_completed(futures.values()):
+                done.result()
+        except BaseException:
+            # One mistake is enough to know.
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [futures[job].result() for job in jobs]
 
 
 def _compiled(job: Job, cache: Path) -> Compiled:
@@ -104,19 +111,29 @@ def _compiled(job: Job, cache: Path) -> Compiled:
             logger.info("%s: traced in %.0f s; compiling, which takes minutes", job.title, traced["seconds"])
             _run_worker("rae_xla.xla.tpu_compiler", directory, dict(os.environ), job)
             kept.parent.mkdir(parents=True, exist_ok=True)
-            # All of it or nothing: another process may be at the same program.
-            partial = Path(tempfile.mkdtemp(dir=kept.parent))
-            shutil.copytree(directory, partial, dirs_exist_ok=True)
-            shutil.rmtree(kept, ignore_errors=True)
-            partial.rename(kept)
+            _keep(directory, kept)
         compiled = json.loads((kept / "compiled.json").read_text())
         logger.info("%s: compiled in %.0f s", job.title, compiled["seconds"])
         return Compiled(job, kept, traced, compiled)
 
 
+def _keep(directory: Path, kept: Path) -> None:
+    """Copy a folder into the cache: all of it or nothing, and what another process has put there stays."""
+    partial = Path(tempfile.mkdtemp(dir=kept.parent))
+    try:
+        shutil.copytree(directory, partial, dirs_exist_ok=True)
+        partial.rename(kept)
+    except OSError:
+        if not (kept / "compiled.json").exists():
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _key(directory: Path, traced: dict[str, Any], topology: str, options: dict[str, object]) -> str:
-    versions = [metadata.version(name) for name in ("libtpu", "jaxlib")]
-    content = json.dumps([traced["arguments"], topology, options, versions], sort_keys=True).encode()
+    versions = [FORMAT, *[metadata.version(name) for name in ("libtpu", "jaxlib")]]
+    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
+    content = json.dumps([traced["arguments"], topology, options, versions, flags], sort_keys=True).encode()
     return hashlib.sha256(content + (directory / "program.pb").read_bytes()).hexdigest()[:32]
 
 

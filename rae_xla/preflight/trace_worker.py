@@ -35,6 +35,7 @@ def main(directory: Path) -> None:
         "name": program.name,
         "arguments": [asdict(argument) for argument in program.arguments],
         "num_images": program.num_images,
+        "mesh": program.mesh,
         "seconds": seconds,
     }
     (directory / "traced.json").write_text(json.dumps(about))

@@ -73,7 +73,9 @@ class TracingStep:
         context.build(results)
         parameters = dict(context.device_parameter_id_tensor_mapping())
         arguments = [
-            TracedArgument("a number in the code", list(t.shape), str(t.dtype), "{replicated}", None)
+            TracedArgument(
+                "a number in the code", list(t.shape), str(t.dtype).removeprefix("torch."), "{replicated}", 1, None
+            )
             for _, t in sorted(parameters.items())
         ]
         sharding = self._runtime.sharding
@@ -86,6 +88,7 @@ class TracingStep:
                     shape=list(tensor.shape),
                     dtype=str(tensor.dtype).removeprefix("torch."),
                     sharding=sharding.as_hlo(partitions[tensor]),
+                    parts=sharding.parts(partitions[tensor]),
                     replaced_by=index if index < num_state else None,
                 )
-        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], context.hlo(), arguments)
+        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], sharding.shape, context.hlo(), arguments)
