@@ -1,8 +1,8 @@
 """What a recipe costs on a Cloud TPU slice, known without one: memory, time, FLOPs and transfers of each program.
 
-Each program of the recipe is traced as its tool would run it, on as many virtual devices as the slice has chips, and
+Each program of the recipe is traced as its tool would run it, for as many devices as the slice has chips, and
 compiled for the slice by the TPU's own compiler, which runs here. Takes minutes a program; what was compiled before is
-not compiled again. Nothing of the recipe's data or weights is needed.
+not compiled again. Weights are not needed.
 Slices by their Cloud names: v6e-8, v5p-64, v5litepod-16, v4-32; 2xv6e-256 for two slices.
 """
 
@@ -16,9 +16,13 @@ from rae_xla import cli
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """``programs``: a list, one for each program and slice."""
+    from rae_xla.preflight.topologies import topology
+
+    # A misspelt one is told before torch is imported.
+    topologies = [topology(name) for name in dict.fromkeys(arguments.topology)]
     from rae_xla.preflight.main import preflight
 
-    result, shown = preflight(arguments)
+    result, shown = preflight(arguments, topologies)
     print(shown)
     return result
 

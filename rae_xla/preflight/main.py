@@ -24,7 +24,7 @@ from rae_xla.training.optimizer import total_steps
 logger = logging.getLogger(__name__)
 
 
-def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tuple[dict[str, Any], str]:
     """The result, and what people are shown of it; see the tool's help.
 
     Raises:
@@ -35,7 +35,6 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for option, path in (("--out", arguments.out), ("--dump-hlo", arguments.dump_hlo), ("--cache", arguments.cache)):
         if path and Path(path).is_file():
             raise UserError(f"{option}: {path} is a file; give a directory")
-    topologies = [topology(name) for name in dict.fromkeys(arguments.topology)]
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     programs = _chosen(recipe, arguments.program)
     settings: list[tuple[str, ...]] = [()]
@@ -43,7 +42,10 @@ def preflight(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         programs = ["train"]
         settings = [(), *_alternatives(recipe, topologies)]
     for where in topologies:
-        recipe.mesh.shape_for(where.num_chips)
+        try:
+            recipe.mesh.shape_for(where.num_chips)
+        except UserError as error:
+            raise UserError(f"{where.name} has {where.num_chips} chips: {error}") from error
         if recipe.mesh.slices != where.num_slices:
             raise UserError(f"mesh.slices: {where.name} has {where.num_slices}, the recipe says {recipe.mesh.slices}")
     jobs = [
