@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from rae_xla.data.sources import num_classes_of
 from rae_xla.errors import UserError
 from rae_xla.models.autoencoder import AutoencoderConfig, LatentDecoder
 from rae_xla.models.classifier import create_classifier
@@ -41,6 +42,8 @@ RECIPES = {
     "released/imagenet256_autoguidance": 838.7,
     "released/imagenet512": 839.6,
     "released/imagenet512_autoguidance": 839.6,
+    "synthetic/dit_dh_xl": 838.7,
+    "synthetic/decoder": 415.4,
 }
 BASES = {"quickstart/autoencoder"}
 
@@ -71,7 +74,7 @@ def built(recipe: Any) -> torch.nn.Module | None:
     if recipe.task == "classifier":
         return create_classifier(recipe.model, image_size=recipe.data.image_size, num_classes=10)
     if recipe.task in ("diffusion", "sampling"):
-        num_classes = recipe.num_classes if recipe.task == "sampling" else 10
+        num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe.data)
         return create_diffusion_model(recipe.model, recipe.autoencoder.encoder.latent_shape, num_classes)
     return None if recipe.task == "latent_stats" else LatentDecoder(recipe.autoencoder).decoder
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from rae_xla.preflight.estimate import Estimate, Estimator
 from rae_xla.preflight.hlo import Instruction, Module, operation_in, source_in
-from rae_xla.preflight.layout import layout_of
+from rae_xla.preflight.layout import bytes_of, layout_of
 from rae_xla.preflight.run import Compiled
 
 GIB = 2**30
@@ -114,7 +111,7 @@ def _arguments(traced: dict[str, Any]) -> list[dict[str, Any]]:
     """What each argument takes on a chip, without padding, like an allocation of `refusal`."""
     return [
         {
-            "gib": math.prod(a["shape"]) * getattr(torch, a["dtype"]).itemsize / a["parts"] / GIB,
+            "gib": bytes_of(a) / GIB,
             "shape": f"{a['dtype']}{a['shape']}",
             "operation": a["name"],
             "source": f"an input in {a['parts']} parts",

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
+
 from rae_xla.preflight.hlo import Instruction, Module
 
 # Labels and positions of the whole batch are nothing to a chip; features of every image are.
@@ -30,7 +32,7 @@ class Layout:
 
     def problems(self) -> list[str]:
         """One line for each thing that is wrong; none if nothing is."""
-        lines = [f"{name} is not split: every chip holds all of it" for name in self.unsplit_inputs]
+        lines = [f"{described} is not split: every chip holds all of it" for described in self.unsplit_inputs]
         for instruction in sorted(self.whole_batch, key=_bytes, reverse=True)[:3]:
             lines.append(
                 f"every chip makes {instruction.shape.split('{')[0]} for all images of the batch, "
@@ -56,7 +58,7 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
         num_images in argument["shape"] for argument in traced["arguments"] if not argument["name"].startswith("batch")
     )
     unsplit = [
-        argument["name"]
+        f"{argument['name']} ({argument['dtype']} {argument['shape']}, {bytes_of(argument) / 2**30:.3f} GiB)"
         for argument in traced["arguments"]
         if argument["name"].startswith("batch") and argument["sharding"] == "{replicated}"
     ]
@@ -79,6 +81,12 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
 def _is_of_all(instruction: Instruction, num_images: int) -> bool:
     arrays = instruction.arrays
     return any(num_images in array.sizes and array.num_elements >= FEATURES * num_images for array in arrays)
+
+
+def bytes_of(argument: dict[str, Any]) -> float:
+    """What an argument takes on a chip, without padding."""
+    size: int = getattr(torch, argument["dtype"]).itemsize
+    return prod(argument["shape"]) * size / argument["parts"]
 
 
 def _bytes(instruction: Instruction) -> int:
