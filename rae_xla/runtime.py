@@ -106,6 +106,8 @@ class TracedArgument:
     dtype: str
     sharding: str
     parts: int
+    bytes: int
+    """Of one part, without padding."""
     replaced_by: int | None
 
 

@@ -24,6 +24,8 @@ from rae_xla.models.loading import load_weights
 from rae_xla.runtime import Runtime, create
 from rae_xla.sharding import MeshConfig
 
+# The cases' own precision, on whichever runtime.
+FLOAT32 = create("eager", MeshConfig(), "fp32")
 NUM_CLASSES = 10
 HEAD = {"head_width": 64, "head_depth": 2, "head_num_heads": 2}
 CONFIGS = {
@@ -69,7 +71,7 @@ def compute(
 
 
 def velocity(models: dict[str, DiffusionModel], frozen: Any, name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda x, t, labels: call(models[name], frozen[name], torch.float32, x, t, labels)
+    return lambda x, t, labels: call(models[name], frozen[name], FLOAT32, x, t, labels)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_decoder(cases: dict[str, Tensor], runtime: Runtime) -> None:
     decoder = Decoder(DecoderConfig(patch_size=4, width=32, depth=3, num_heads=2, mlp_width=64), channels=24, grid=4)
     load_weights(decoder, str(GOLDEN / "decoder.safetensors"), "weights")
     batch = {"features": cases["dec_tokens"].transpose(1, 2).unflatten(2, (4, 4))}
-    found = compute(runtime, lambda f, b: call(decoder, f, torch.float32, b["features"]), tensors_of(decoder), batch)
+    found = compute(runtime, lambda f, b: call(decoder, f, FLOAT32, b["features"]), tensors_of(decoder), batch)
     close(found, cases["dec_pixels"], 1e-5)
 
 

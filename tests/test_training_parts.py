@@ -217,7 +217,7 @@ def test_norms_and_their_weights_stay_float32_in_bf16() -> None:
 
     for part in module:
         part.register_forward_hook(note)
-    output = call(module, parameters_of(module), torch.bfloat16, torch.randn(2, 8).bfloat16())
+    output = call(module, parameters_of(module), create("eager", MeshConfig(), "bf16"), torch.randn(2, 8).bfloat16())
     assert output.dtype == torch.bfloat16
     assert seen["Linear"] == (torch.bfloat16, torch.bfloat16)
     assert seen["LayerNorm"] == seen["RMSNorm"] == (torch.float32, torch.bfloat16)

@@ -160,7 +160,7 @@ class Sampler:
     def _call(self, module: Any, tensors: Any, *arguments: Tensor) -> Tensor:
         # Left to itself the compiler may have every device compute a loop's whole batch.
         arguments = tuple(self._runtime.split_batch(argument) for argument in arguments)
-        return call(module, tensors, self._runtime.compute_dtype, *arguments, whole=self._runtime.whole)
+        return call(module, tensors, self._runtime, *arguments)
 
     def _velocity(self, weights: Any) -> Velocity:
         def model(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -54,8 +54,7 @@ def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tenso
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
 
     def encode(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        images = to_unit(batch["images"])
-        return {"features": call(encoder, frozen, runtime.compute_dtype, images, whole=runtime.whole)}
+        return {"features": call(encoder, frozen, runtime, to_unit(batch["images"]))}
 
     moments: Moments | None = None
     columns = {"images": images.images}

@@ -39,9 +39,8 @@ def reconstruct(
     encoder = load_latent_encoder(config, root, runtime.process_index)
 
     def there_and_back(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents = call(encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]), whole=runtime.whole)
-        images = call(decoder, frozen["decoder"], runtime.compute_dtype, latents, whole=runtime.whole)
-        return {"images": to_bytes(images)}
+        latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
+        return {"images": to_bytes(call(decoder, frozen["decoder"], runtime, latents))}
 
     frozen = {"encoder": tensors_of(encoder), "decoder": tensors_of(decoder)}
     parts = map_batches(there_and_back, frozen, {"images": images}, batch_size, runtime, "reconstructing")

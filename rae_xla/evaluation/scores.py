@@ -45,11 +45,11 @@ class Judge:
     def look(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [n, H, W, 3] -> (features float32 [n, F], predicted labels int64 [n])."""
         trunk, head = self._network.trunk, self._network.head
-        dtype = self._runtime.compute_dtype
+        runtime = self._runtime
 
         def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            features = call(trunk, frozen["trunk"], dtype, to_unit(batch["images"]))
-            logits = call(head, frozen["head"], dtype, features.to(dtype))
+            features = call(trunk, frozen["trunk"], runtime, to_unit(batch["images"]))
+            logits = call(head, frozen["head"], runtime, features.to(runtime.compute_dtype))
             return {"features": features, "predicted": logits.argmax(dim=1)}
 
         frozen = {"trunk": tensors_of(trunk), "head": tensors_of(head)}

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,23 +117,26 @@ def _vectors(stacked: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return groups
 
 
+class Preparation(Protocol):
+    """What is done to values before a module uses them; a `rae_xla.runtime.Runtime` is one."""
+
+    compute_dtype: torch.dtype
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """All of a value that may lie in parts."""
+
+
 def call(
-    module: nn.Module,
-    tensors: Tensors,
-    dtype: torch.dtype,
-    *arguments: Any,
-    whole: Callable[[Tensor], Tensor] | None = None,
-    run_blocks: RunBlocks | None = None,
+    module: nn.Module, tensors: Tensors, prepare: Preparation, *arguments: Any, run_blocks: RunBlocks | None = None
 ) -> Tensor:
     """``module(*arguments)`` with these packed values.
 
-    Parameters are cast to ``dtype``, but for those of norms; buffers stay float32. ``whole`` is what is done to a
-    tensor after that, before it is used: `Runtime.whole`. ``run_blocks`` runs the `Blocks` inside, whose parameters it
-    gets as they are; by default they run one after the other.
+    Parameters are cast to the ``compute_dtype``, but for those of norms; buffers stay float32. ``run_blocks`` runs the
+    `Blocks` inside, whose parameters it gets cast, but not made whole; by default they run one after the other.
     """
     computed = _names_in_dtype(module)
     split = _split_vectors(module, tensors)
-    values = {name: value.to(dtype) if name in computed else value for name, value in split.items()}
+    values = {name: value.to(prepare.compute_dtype) if name in computed else value for name, value in split.items()}
     running = {}
     if run_blocks is not None:
         for path, blocks in [(path, part) for path, part in module.named_modules() if isinstance(part, Blocks)]:
@@ -142,11 +145,9 @@ def call(
             if not own:
                 raise ValueError(f"{path}: its blocks are not alike, so they run by themselves only")
             running[blocks] = partial(_run, run_blocks, blocks[0], own)
-    used = _unstack_blocks(values)
-    if whole is not None:
-        used = {name: whole(value) for name, value in used.items()}
+    whole = {name: prepare.whole(value) for name, value in _unstack_blocks(values).items()}
     with _run_by(running):
-        return functional_call(module, used, arguments)
+        return functional_call(module, whole, arguments)
 
 
 def _run(run_blocks: RunBlocks, block: nn.Module, values: Tensors, x: Tensor, *shared: Tensor) -> Tensor:

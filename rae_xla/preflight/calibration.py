@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rae_xla.preflight.programs import raised
 from rae_xla.preflight.topologies import Chip
 from rae_xla.runtime import Runtime, TracedProgram, create
 from rae_xla.sharding import MeshConfig
@@ -72,11 +73,7 @@ def traced_calibration(name: str, num_chips: int) -> TracedProgram:
     """The program for so many chips, each with the batch of one."""
     calibration = CALIBRATIONS[name]
     runtime = create("tracing", MeshConfig(), "bf16", num_chips)
-    try:
-        _start(calibration, runtime)
-    except TracedProgram as found:
-        return found
-    raise AssertionError("no step was called")
+    return raised(TracedProgram, lambda: _start(calibration, runtime))
 
 
 def _start(calibration: Calibration, runtime: Runtime) -> None:

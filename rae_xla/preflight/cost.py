@@ -7,24 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from rae_xla.preflight.estimate import Estimate, Estimator
-from rae_xla.preflight.hlo import Instruction, Module, operation_in, source_in
-from rae_xla.preflight.layout import bytes_of, layout_of
+from rae_xla.preflight.counts import kind_of, origin, padding_share, total_flops
+from rae_xla.preflight.hlo import Module, operation_in, source_in
+from rae_xla.preflight.layout import layout_of
 from rae_xla.preflight.run import Compiled
 
 GIB = 2**30
-# What moves values without computing any.
-_MOVES = (
-    "copy",
-    "reshape",
-    "transpose",
-    "pad",
-    "slice",
-    "dynamic-slice",
-    "dynamic-update-slice",
-    "concatenate",
-    "broadcast",
-)
 _TOP = 20
 _LARGEST = 6
 
@@ -34,8 +22,7 @@ class Cost:
     """``result`` is what ``--json`` holds of it."""
 
     result: dict[str, Any]
-    estimate: Estimate | None
-    module: Module | None
+    compiled: Compiled
 
 
 def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int | None = None) -> Cost:
@@ -52,17 +39,16 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
     }
     arguments = _arguments(compiled.traced)
     held = sum(argument["gib"] for argument in arguments)
-    if "too_large" in compiled.compiled:
+    if compiled.refusal is not None:
         # What the compiler says that a program needs is without its arguments.
-        temporaries, largest = refusal(compiled.compiled["too_large"])
-        nothing = dict.fromkeys(("outputs", "aliased"), None)
+        temporaries, largest = refused(compiled.refusal)
         result |= {
             "fits": False,
             "hbm_gib": {
                 "peak": temporaries + held,
                 "arguments": held,
                 "temporaries": temporaries,
-                **nothing,
+                **dict.fromkeys(("outputs", "aliased"), None),
                 "capacity": chip.hbm_gib,
             },
             "largest_allocations": _largest([*largest, *arguments]),
@@ -73,12 +59,11 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
             },
             "mfu": None,
         }
-        return Cost(result, None, None)
-    module = Module(compiled.hlo)
-    estimate = Estimator(module, topology, compiled.compiled["coordinates"], compiled.traced["mesh"]).estimate()
+        return Cost(result, compiled)
+    module, estimate = compiled.module, compiled.estimate
     sizes = {name: size / GIB for name, size in compiled.compiled["bytes"].items()}
     peak = sizes["arguments"] + sizes["temporaries"] + sizes["outputs"] - sizes["aliased"] + sizes["code"]
-    flops = module.total_flops()
+    flops = total_flops(module)
     images_per_second = num_images / estimate.seconds
     result |= {
         "fits": peak <= chip.hbm_gib,
@@ -99,19 +84,19 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
         ],
         "largest_allocations": _largest(arguments),
         "layout_problems": layout_of(module, compiled.traced, topology.num_chips).problems(),
-        **_where_time_goes(module, estimate, chip.clock),
+        **_where_time_goes(module, chip.clock),
     }
     if num_images_of_run is not None:
         hours = num_images_of_run / images_per_second / 3600
         result["run"] = {"hours": hours, "chip_hours": hours * topology.num_chips}
-    return Cost(result, estimate, module)
+    return Cost(result, compiled)
 
 
 def _arguments(traced: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each argument takes on a chip, without padding, like an allocation of `refusal`."""
+    """What each argument takes on a chip, without padding, like an allocation of `refused`."""
     return [
         {
-            "gib": bytes_of(a) / GIB,
+            "gib": a["bytes"] / GIB,
             "shape": f"{a['dtype']}{a['shape']}",
             "operation": a["name"],
             "source": f"an input in {a['parts']} parts",
@@ -125,17 +110,17 @@ def _largest(allocations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(allocations, key=lambda allocation: -allocation["gib"])[:_LARGEST]
 
 
-def _where_time_goes(module: Module, estimate: Estimate, clock: float) -> dict[str, Any]:
+def _where_time_goes(module: Module, clock: float) -> dict[str, Any]:
     cycles_by_kind: Counter[str] = Counter()
     by_source: Counter[tuple[str, str]] = Counter()
     for instruction, times in module.runs():
         if instruction.cycles:
             cycles_by_kind[kind_of(module, instruction)] += times * instruction.cycles
-            by_source[module.origin(instruction)] += times * instruction.cycles
+            by_source[origin(module, instruction)] += times * instruction.cycles
     total = sum(cycles_by_kind.values()) or 1
     return {
         "shares": {kind: cycles / total for kind, cycles in cycles_by_kind.most_common()},
-        "padding_share": module.padding_share(),
+        "padding_share": padding_share(module),
         "top_operations": [
             {"source": source, "operation": operation, "milliseconds": 1e3 * cycles / clock, "share": cycles / total}
             for (source, operation), cycles in by_source.most_common(_TOP)
@@ -143,19 +128,7 @@ def _where_time_goes(module: Module, estimate: Estimate, clock: float) -> dict[s
     }
 
 
-def kind_of(module: Module, instruction: Instruction) -> str:
-    """``products``, ``moves`` (copies, transposes, padding: nothing is computed) or ``other``."""
-    if instruction.opcode == "fusion":
-        name = instruction.called[0]
-        if module.has_products(name):
-            return "products"
-        return "moves" if module.only(name, _MOVES) else "other"
-    if instruction.opcode in ("convolution", "dot"):
-        return "products"
-    return "moves" if instruction.opcode in _MOVES else "other"
-
-
-def refusal(message: str) -> tuple[float, list[dict[str, Any]]]:
+def refused(message: str) -> tuple[float, list[dict[str, Any]]]:
     """GiB that the compiler says a program needs besides its arguments, and the largest allocations that it names."""
     used = re.search(r"Used ([\d.]+)([KMGT]) of", message)
     if used is None:

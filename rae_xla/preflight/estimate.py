@@ -12,16 +12,15 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rae_xla.preflight.hlo import COLLECTIVES, Computation, Instruction, Module
+from rae_xla.preflight.hlo import COLLECTIVES, NAMES, Computation, Instruction, Module
 from rae_xla.preflight.links import Links
 from rae_xla.preflight.topologies import Topology
 
 Lane = Literal["core", "links", "slices", "memory"]
 
-# Names for what is there already, and what costs nothing by itself.
+# What costs nothing by itself.
 _FREE = (
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-    "opt-barrier", "add-dependency", "iota", "send",
+    *NAMES, "after-all", "partition-id", "replica-id", "opt-barrier", "add-dependency", "iota", "send",
 )  # fmt: skip
 _FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast", "Sharding", "X64")
 BETWEEN_SLICES = "between slices"

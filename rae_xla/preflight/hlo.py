@@ -1,4 +1,4 @@
-"""Reads the text of a compiled HLO module: instructions with shapes, bytes, products, loops and the compiler's cycles.
+"""Reads the text of a compiled HLO module: instructions with shapes and bytes, loops, transfers, the compiler's cycles.
 
 Facts here are the compiler's: layouts, the schedule (the order of a computation's instructions) and estimated cycles.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+
+import numpy as np
 
 ITEM_BITS = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 8),
@@ -27,6 +28,9 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _OPERAND = re.compile(r"%([^\s,()]+)")
 _CALLED = re.compile(r"(?:calls|body|condition|to_apply)=%([^\s,}]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([^\s,}]+)")
+# Names for what is there already.
+NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+PRODUCTS = ("convolution", "dot")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 # As `rae_xla.xla.source_lines` names it; XLA writes the colon as an underscore.
 _SOURCE = re.compile(r"(rae_xla/[\w/]+\.py)[:_](\d+)( backward)?")
@@ -230,34 +234,10 @@ class Module:
                 for name in instruction.called:
                     yield from self.runs(self.computations[name], times)
 
-    def flops(self, instruction: Instruction, within: Computation) -> int:
-        """Of the products in an instruction, two a multiply-add; those that padding wastes are not counted."""
-        if instruction.opcode in ("convolution", "dot"):
-            operands = [within.by_name[name].arrays[0] for name in instruction.operands[:2]]
-            count = _convolution_flops if instruction.opcode == "convolution" else _dot_flops
-            return count(instruction, operands[0], operands[1])
-        if instruction.opcode == "fusion":
-            return self._flops_of(instruction.called[0])
-        return 0
-
-    def _flops_of(self, name: str) -> int:
-        if name not in self._fused_flops:
-            computation = self.computations[name]
-            self._fused_flops[name] = sum(self.flops(i, computation) for i in computation.instructions)
-        return self._fused_flops[name]
-
-    @cached_property
-    def _fused_flops(self) -> dict[str, int]:
-        return {}
-
-    def total_flops(self) -> int:
-        """Of the whole program on one chip."""
-        return sum(times * self.flops(instruction, self._home[id(instruction)]) for instruction, times in self.runs())
-
     def collective(self, instruction: Instruction) -> tuple[Instruction, Computation] | None:
         """The transfer between chips that an instruction is, or starts, carries on or ends, and where it stands."""
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
-            return instruction, self._home[id(instruction)]
+            return instruction, self.within(instruction)
         if instruction.opcode not in ("fusion", "async-start"):
             return None
         name = instruction.called[0]
@@ -271,64 +251,21 @@ class Module:
     def _collectives(self) -> dict[str, tuple[Instruction, Computation] | None]:
         return {}
 
+    def within(self, instruction: Instruction) -> Computation:
+        """Where an instruction stands."""
+        return self._home[id(instruction)]
+
     @cached_property
     def _home(self) -> dict[int, Computation]:
         return {id(i): computation for computation in self.computations.values() for i in computation.instructions}
 
-    def origin(self, instruction: Instruction) -> tuple[str, str]:
-        """Source and operation; of a fusion those of its product, or else of most of it."""
-        if instruction.opcode != "fusion":
-            return instruction.source, instruction.operation
-        inner = list(self._fused(instruction.called[0]))
-        products = [i for i in inner if i.opcode in ("convolution", "dot") and i.source]
-        if products:
-            return products[0].source, products[0].operation
-        if instruction.source:
-            return instruction.source, instruction.operation
-        named = Counter((i.source, i.operation) for i in inner if i.source)
-        return named.most_common(1)[0][0] if named else ("", instruction.operation)
-
-    def _fused(self, name: str) -> Iterator[Instruction]:
-        for instruction in self.computations[name].instructions:
-            yield instruction
+    def fused(self, fusion: Instruction) -> Iterator[Instruction]:
+        """What a fusion does, those inside it included, but not the fusions themselves."""
+        for instruction in self.computations[fusion.called[0]].instructions:
             if instruction.opcode == "fusion":
-                yield from self._fused(instruction.called[0])
-
-    def has_products(self, name: str) -> bool:
-        """Whether a computation, or one it calls, multiplies matrices."""
-        instructions = self.computations[name].instructions
-        return any(
-            i.opcode in ("convolution", "dot") or (i.opcode == "fusion" and self.has_products(i.called[0]))
-            for i in instructions
-        )
-
-    def only(self, name: str, opcodes: tuple[str, ...]) -> bool:
-        """Whether a computation, and those it calls, has these instructions only, and names for what is there."""
-        return all(
-            self.only(i.called[0], opcodes)
-            if i.opcode == "fusion"
-            else i.opcode in opcodes or i.opcode in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
-            for i in self.computations[name].instructions
-        )
-
-    def padding_share(self) -> float:
-        """Of the bytes that the program writes to HBM, those that fill tiles."""
-        written, needed = 0, 0
-        for instruction, times in self.runs():
-            # A fusion that writes a part in place would count with all of it.
-            in_place = "output_to_operand_aliasing" in instruction.attributes or "dynamic-update" in instruction.name
-            if instruction.opcode in ("fusion", "copy", "convolution") and not in_place:
-                for array in instruction.arrays:
-                    if array.memory == 0:
-                        written += times * array.bytes
-                        needed += times * array.num_elements * ITEM_BITS[array.dtype] // 8
-        return 1 - needed / written if written else 0.0
-
-    @property
-    def argument_bytes(self) -> int:
-        """What the arguments take of HBM."""
-        parameters = [i for i in self.entry.instructions if i.opcode == "parameter"]
-        return sum(array.bytes for parameter in parameters for array in parameter.arrays)
+                yield from self.fused(instruction)
+            else:
+                yield instruction
 
 
 def operation_in(text: str) -> str:
@@ -351,20 +288,21 @@ def arrays_of(shape: str) -> list[Array]:
             raise ValueError(f"{shape}: arrays of {dtype} are not known")
         tile = re.match(r"T\(([\d,]*)\)", layout)
         memory = re.search(r"S\((\d+)\)", layout)
-        numbers = _numbers(sizes)
+        numbers = numbers_in(sizes)
         arrays.append(
             Array(
                 dtype,
                 numbers,
-                _numbers(order) or tuple(reversed(range(len(numbers)))),
-                _numbers(tile[1]) if tile else (),
+                numbers_in(order) or tuple(reversed(range(len(numbers)))),
+                numbers_in(tile[1]) if tile else (),
                 int(memory[1]) if memory else 0,
             )
         )
     return arrays
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def numbers_in(text: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
     return tuple(int(number) for number in text.split(",") if number)
 
 
@@ -410,77 +348,12 @@ def _index(instruction: Instruction) -> int:
 def _groups(attributes: str) -> list[list[int]]:
     listed = re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", attributes)
     if listed:
-        return [list(_numbers(group)) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
+        return [list(numbers_in(group)) for group in re.findall(r"\{([\d,]*)\}", listed[1])]
     counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if counted is None:
         return []
-    shape, dims, order = (_numbers(part or "") for part in counted.groups())
-    import numpy as np
-
+    shape, dims, order = (numbers_in(part or "") for part in counted.groups())
     devices = np.arange(math.prod(dims)).reshape(dims)
     arranged = devices.transpose(order) if order else devices
     groups: list[list[int]] = arranged.reshape(shape).tolist()
     return groups
-
-
-def _dot_flops(dot: Instruction, left: Array, _: Array) -> int:
-    dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.attributes)
-    contracted = math.prod(left.sizes[dim] for dim in _numbers(dims[1] if dims else ""))
-    return 2 * dot.arrays[0].num_elements * contracted
-
-
-def _convolution_flops(convolution: Instruction, left: Array, kernel: Array) -> int:
-    """Pairs of an output and a kernel position that meet an input; TPUs write batched products with dilation."""
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
-    assert labels is not None, convolution
-    lhs, rhs, out = labels.groups()
-    output = convolution.arrays[0]
-    spatial = sorted(label for label in lhs if label.isdigit())
-    window = _window(convolution.attributes, len(spatial))
-    valid = 1
-    for place, label in enumerate(spatial):
-        valid *= _valid_positions(
-            left.sizes[lhs.index(label)], output.sizes[out.index(label)], *[values[place] for values in window]
-        )
-    batch_groups = re.search(r"batch_group_count=(\d+)", convolution.attributes)
-    inputs = kernel.sizes[rhs.index("i")]  # of one group, if there are groups of features
-    batch = left.sizes[lhs.index("b")] // (int(batch_groups[1]) if batch_groups else 1)
-    return 2 * inputs * output.sizes[out.index("f")] * batch * valid
-
-
-def _window(attributes: str, num_dims: int) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
-    """For each spatial dimension: kernel size, stride, padding before, dilation of the input, of the kernel."""
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    parts = dict(part.split("=") for part in found[1].split()) if found else {}
-
-    def values(key: str) -> list[int]:
-        return [int(v.split("_")[0]) for v in parts[key].split("x")] if key in parts else []
-
-    ones = [1] * num_dims
-    return (
-        values("size") or ones,
-        values("stride") or ones,
-        values("pad") or [0] * num_dims,
-        values("lhs_dilate") or ones,
-        values("rhs_dilate") or ones,
-    )
-
-
-def _valid_positions(
-    num_inputs: int, num_outputs: int, size: int, stride: int, pad: int, input_dilation: int, kernel_dilation: int
-) -> int:
-    if (
-        stride == 1
-        and pad == 0
-        and input_dilation == 1
-        and kernel_dilation == 1
-        and num_outputs + size - 1 == num_inputs
-    ):
-        return num_outputs * size
-    last = (num_inputs - 1) * input_dilation
-    count = 0
-    for position in range(size):
-        for output in range(num_outputs):
-            at = output * stride - pad + position * kernel_dilation
-            count += 0 <= at <= last and at % input_dilation == 0
-    return count

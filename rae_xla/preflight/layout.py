@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
-from rae_xla.preflight.hlo import Instruction, Module
+from rae_xla.preflight.hlo import NAMES, Instruction, Module
 
 # Labels and positions of the whole batch are nothing to a chip; features of every image are.
 FEATURES = 64
-_NAMES_ONLY = ("parameter", "tuple", "get-tuple-element", "bitcast", "while")
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
         num_images in argument["shape"] for argument in traced["arguments"] if not argument["name"].startswith("batch")
     )
     unsplit = [
-        f"{argument['name']} ({argument['dtype']} {argument['shape']}, {bytes_of(argument) / 2**30:.3f} GiB)"
+        f"{argument['name']} ({argument['dtype']} {argument['shape']}, {argument['bytes'] / 2**30:.3f} GiB)"
         for argument in traced["arguments"]
         if argument["name"].startswith("batch") and argument["sharding"] == "{replicated}"
     ]
@@ -69,7 +66,7 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
     )
     whole, gathered, seen = [], 0, set()
     for instruction, times in module.runs():
-        if is_telling and instruction.opcode not in _NAMES_ONLY and _is_of_all(instruction, num_images):
+        if is_telling and instruction.opcode not in (*NAMES, "while") and _is_of_all(instruction, num_images):
             whole.append(instruction)
         found = module.collective(instruction)
         if found and found[0].opcode.startswith("all-gather") and found[0].channel not in seen:
@@ -81,12 +78,6 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
 def _is_of_all(instruction: Instruction, num_images: int) -> bool:
     arrays = instruction.arrays
     return any(num_images in array.sizes and array.num_elements >= FEATURES * num_images for array in arrays)
-
-
-def bytes_of(argument: dict[str, Any]) -> float:
-    """What an argument takes on a chip, without padding."""
-    size: int = getattr(torch, argument["dtype"]).itemsize
-    return prod(argument["shape"]) * size / argument["parts"]
 
 
 def _bytes(instruction: Instruction) -> int:

@@ -13,8 +13,6 @@ from rae_xla.errors import UserError
 from rae_xla.preflight import report
 from rae_xla.preflight.calibration import CALIBRATIONS, SMALLEST_SLICE
 from rae_xla.preflight.cost import Cost, cost_of
-from rae_xla.preflight.estimate import Estimator
-from rae_xla.preflight.hlo import Module
 from rae_xla.preflight.programs import flops_per_image, programs_of
 from rae_xla.preflight.run import DEFAULT_CACHE, Compiled, Job, compile_all
 from rae_xla.preflight.topologies import Topology, topology
@@ -68,7 +66,7 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
         costs.append(cost)
     shown = _shown(costs, calibration, search=arguments.search)
     if arguments.dump_hlo:
-        _dump(Path(arguments.dump_hlo), compiled, costs)
+        _dump(Path(arguments.dump_hlo), costs)
     if arguments.out:
         directory = Path(arguments.out)
         for cost in costs:
@@ -88,8 +86,7 @@ def _calibration(compiled: list[Compiled]) -> list[dict[str, Any]]:
     rows = []
     for found in compiled:
         where, name = found.job.topology, found.job.program
-        places, mesh = found.compiled["coordinates"], found.traced["mesh"]
-        estimate = Estimator(Module(found.hlo), where, places, mesh).estimate().seconds
+        estimate = found.estimate.seconds
         ideal = CALIBRATIONS[name].ideal_seconds(where.chip)
         rows.append(
             {
@@ -174,10 +171,10 @@ def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool
     return "\n".join([*lines, f"\n{report.BASIS}", f"Estimate over ideal where that is known: {known}."])
 
 
-def _dump(directory: Path, compiled: list[Compiled], costs: list[Cost]) -> None:
+def _dump(directory: Path, costs: list[Cost]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for found, cost in zip(compiled, costs, strict=True):
-        if cost.module is not None:
+    for cost in costs:
+        if cost.compiled.refusal is None:
             path = directory / f"{report.file_name(cost.result)}.hlo.txt"
-            shutil.copyfile(found.directory / "compiled.hlo", path)
+            shutil.copyfile(cost.compiled.hlo_file, path)
             logger.info("wrote %s", path)

@@ -7,7 +7,7 @@ A program is started on a runtime whose steps do not run, but raise what is want
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.tasks import task_of
 
+P = TypeVar("P", TracedProgram, CountedProgram)
 RECONSTRUCTED_PER_DEVICE = 8
 
 
@@ -60,11 +61,7 @@ def traced(recipe: CommonRecipe, program: str, num_chips: int) -> TracedProgram:
         UserError: the recipe does not fit the devices.
     """
     runtime = create("tracing", recipe.mesh, recipe.precision, num_chips)
-    try:
-        _start(recipe, program, runtime)
-    except TracedProgram as found:
-        return found
-    raise AssertionError("no step was called")
+    return raised(TracedProgram, lambda: _start(recipe, program, runtime))
 
 
 def flops_per_image(recipe: CommonRecipe, program: str) -> float:
@@ -72,10 +69,16 @@ def flops_per_image(recipe: CommonRecipe, program: str) -> float:
     if isinstance(recipe, TrainingRecipe):
         recipe = recipe.model_copy(update={"compute": ComputeConfig()})
     runtime = create("counting", MeshConfig(), recipe.precision)
+    found = raised(CountedProgram, lambda: _start(recipe, program, runtime))
+    return found.flops / found.num_images
+
+
+def raised(kind: type[P], start: Callable[[], None]) -> P:
+    """What the first step raises that ``start`` comes to."""
     try:
-        _start(recipe, program, runtime)
-    except CountedProgram as found:
-        return found.flops / found.num_images
+        start()
+    except kind as found:
+        return found
     raise AssertionError("no step was called")
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from rae_xla.preflight.cost import Cost, kind_of
-from rae_xla.preflight.estimate import Estimate
-from rae_xla.preflight.hlo import Module
+from rae_xla.preflight.cost import Cost
+from rae_xla.preflight.counts import kind_of
+from rae_xla.preflight.run import Compiled
 
 HEADINGS = (
     "program", "slice", "images a chip", "HBM GiB", "of", "step ms", "waiting", "images/s", "MFU", "FLOPs x model",
@@ -62,7 +62,7 @@ def row_of(result: dict[str, Any]) -> tuple[str, ...]:
     """A program's row under `HEADINGS`."""
     hbm = result["hbm_gib"]
     start = (result["name"], result["topology"], f"{result['images_per_chip']:g}")
-    peak = "?" if hbm["peak"] is None else f"{hbm['peak']:.1f}"
+    peak = f"{hbm['peak']:.1f}"
     if not result["fits"]:
         return (*start, peak, f"{hbm['capacity']:g}", "does not fit", "", "", "", "", "", "")
     seconds, run = result["seconds"], result.get("run")
@@ -117,7 +117,7 @@ def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:
         {
             "title": title_of(cost.result),
             "refused": explained(cost.result),
-            "timeline": "" if cost.estimate is None else Markup(_timeline(cost.module, cost.estimate)),
+            "timeline": Markup("" if cost.compiled.refusal else _timeline(cost.compiled)),
             "operations": cost.result.get("top_operations", []),
             "collectives": cost.result.get("collectives", []),
         }
@@ -150,7 +150,7 @@ def file_name(result: dict[str, Any]) -> str:
 
 def write_trace(directory: Path, cost: Cost) -> Path | None:
     """``PROGRAM_SLICE[_SETTINGS].trace.json.gz`` in ``directory``, in Chrome's format; none if it does not fit."""
-    if cost.estimate is None:
+    if cost.compiled.refusal is not None:
         return None
     lanes = {"core": 1, "links": 2, "slices": 3, "memory": 4}
     named = {"core": "core", "links": "links", "slices": "between slices", "memory": "HBM to core memory"}
@@ -158,7 +158,7 @@ def write_trace(directory: Path, cost: Cost) -> Path | None:
         {"ph": "M", "name": "thread_name", "pid": 1, "tid": lanes[lane], "args": {"name": name}}
         for lane, name in named.items()
     ]
-    for event in cost.estimate.events:
+    for event in cost.compiled.estimate.events:
         made = event.instruction
         about = {"source": made.source, "operation": made.operation, "shape": made.shape[:200]}
         times = {"ts": 1e6 * event.start, "dur": 1e6 * event.seconds}
@@ -170,9 +170,9 @@ def write_trace(directory: Path, cost: Cost) -> Path | None:
     return path
 
 
-def _timeline(module: Module | None, estimate: Estimate) -> str:
-    """The core's time in columns, each stacked by what it was spent on, and the links' below."""
-    assert module is not None
+def _timeline(compiled: Compiled) -> str:
+    """The core's time in columns, each stacked by what it was spent on, and below that of transfers between chips."""
+    estimate = compiled.estimate
     width = estimate.seconds / _COLUMNS
     core: list[defaultdict[str, float]] = [defaultdict(float) for _ in range(_COLUMNS)]
     links = [0.0] * _COLUMNS
@@ -181,13 +181,14 @@ def _timeline(module: Module | None, estimate: Estimate) -> str:
         if event.lane == "memory":
             continue
         made = id(event.instruction)
-        kind = kinds[made] = kinds.get(made) or kind_of(module, event.instruction)
+        if made not in kinds:
+            kinds[made] = kind_of(compiled.module, event.instruction)
         column = int(event.start / width)
         start, end = event.start, event.start + event.seconds
         while column < _COLUMNS and column * width < end:
             part = min(end, (column + 1) * width) - max(start, column * width)
             if event.lane == "core":
-                core[column][kind] += part / width
+                core[column][kinds[made]] += part / width
             else:
                 links[column] += part / width
             column += 1

@@ -12,18 +12,21 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 from rae_xla.errors import UserError
+from rae_xla.preflight.estimate import Estimate, Estimator
+from rae_xla.preflight.hlo import Module
 from rae_xla.preflight.topologies import Topology
 from rae_xla.preflight.trace_worker import USER_ERROR
 
 logger = logging.getLogger(__name__)
 
 # Of what the workers leave: an older cache is not read.
-FORMAT = 2
+FORMAT = 3
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
 # The names of operations are kept only if this is set before torch_xla starts.
 TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_HLO_DEBUG": "1"}
@@ -54,9 +57,25 @@ class Compiled:
     compiled: dict[str, Any]
 
     @property
-    def hlo(self) -> str:
-        """The compiled program's text."""
-        return (self.directory / "compiled.hlo").read_text()
+    def refusal(self) -> str | None:
+        """What the compiler says of a program that does not fit; none if it does."""
+        return self.compiled.get("too_large")
+
+    @property
+    def hlo_file(self) -> Path:
+        """The compiled program's text, if it fits."""
+        return self.directory / "compiled.hlo"
+
+    @cached_property
+    def module(self) -> Module:
+        """The compiled program."""
+        return Module(self.hlo_file.read_text())
+
+    @cached_property
+    def estimate(self) -> Estimate:
+        """How long it takes."""
+        places, mesh = self.compiled["coordinates"], self.traced["mesh"]
+        return Estimator(self.module, self.job.topology, places, mesh).estimate()
 
 
 def check_compiler() -> None:

@@ -38,7 +38,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
     def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         original = to_unit(batch["images"])
         with torch.no_grad():
-            features = call(encoder, frozen["encoder"], runtime.compute_dtype, original, whole=runtime.whole)
+            features = call(encoder, frozen["encoder"], runtime, original)
             noise = latent_noise(recipe.latent_noise, recipe.seed, batch["positions"], features.shape)
         difference = model(features + noise) - original
         return difference.abs().mean(), {"mean_squared_error": difference.square().mean()}

@@ -44,9 +44,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
     def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch["positions"]
         with torch.no_grad():
-            latents = call(
-                encoder, frozen["encoder"], runtime.compute_dtype, to_unit(batch["images"]), whole=runtime.whole
-            )
+            latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
             times = training_times(recipe.flow, shift, recipe.seed, rows)
             noise = normal(recipe.seed, Purpose.FLOW_NOISE, rows, latent_shape)
             dropped = uniform(recipe.seed, Purpose.LABEL_DROPOUT, rows) < recipe.flow.label_dropout

@@ -78,7 +78,7 @@ def make_update(
 
         def model(*arguments: Tensor) -> Tensor:
             values = {**frozen["buffers"], **leaves}
-            return call(module, values, runtime.compute_dtype, *arguments, whole=runtime.whole, run_blocks=run_blocks)
+            return call(module, values, runtime, *arguments, run_blocks=run_blocks)
 
         with torch.enable_grad():
             value, metrics = loss(model, frozen, batch)

@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).parent.parent.parent
-PACKAGE = str(ROOT / "rae_xla")
+PACKAGE = f"{Path(__file__).parent.parent}/"
 # They run what others wrote.
 _PASSING_ON = ("models/blocks.py", "models/functional.py", "training/blocks.py", "xla/")
 # What runs in a backward pass of these, runs forward once more.
@@ -82,7 +81,7 @@ def line_of_caller() -> str:
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(PACKAGE):
-            path = file[len(PACKAGE) + 1 :]
+            path = file.removeprefix(PACKAGE)
             if not path.startswith(_PASSING_ON):
                 return f"{path}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]

@@ -13,7 +13,7 @@ import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.runtime as xr
 from torch import Tensor
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from rae_xla.precision import Precision
@@ -64,31 +64,35 @@ class TracingStep:
         given = tree_unflatten([tensor for _, tensor in inputs], spec)
         with source_lines():
             new_state, outputs = self._function(given["state"], given["frozen"], given["batch"])
-        num_state = len(tree_flatten(new_state)[0])
-        results = tree_flatten((new_state, outputs))[0]
-        partitions = self._runtime.partitions
+        num_state = len(tree_leaves(new_state))
+        results = tree_leaves((new_state, outputs))
+        partitions, sharding = self._runtime.partitions, self._runtime.sharding
         for (_, old), new in zip(inputs[:num_state], results, strict=False):
             self._runtime.marked_as(new, partitions[old])
         context = torch_xla._XLAC.lowering.LoweringContext(self.name)
         context.build(results)
-        parameters = dict(context.device_parameter_id_tensor_mapping())
-        arguments = [
-            TracedArgument(
-                "a number in the code", list(t.shape), str(t.dtype).removeprefix("torch."), "{replicated}", 1, None
+
+        def argument(name: str, tensor: Tensor, replaced_by: int | None = None) -> TracedArgument:
+            partition = partitions.get(tensor, ())
+            parts = sharding.parts(partition)
+            return TracedArgument(
+                name=name,
+                shape=list(tensor.shape),
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                sharding=sharding.as_hlo(partition),
+                parts=parts,
+                bytes=tensor.numel() * tensor.element_size() // parts,
+                replaced_by=replaced_by,
             )
-            for _, t in sorted(parameters.items())
-        ]
-        sharding = self._runtime.sharding
+
+        # Numbers in the code become arguments too.
+        parameters = dict(context.device_parameter_id_tensor_mapping())
+        arguments = {number: argument("a number in the code", tensor) for number, tensor in parameters.items()}
         path: Any
         for index, (path, tensor) in enumerate(inputs):
-            parameter = context.tensor_parameter_id(tensor)
-            if parameter >= 0:
-                arguments[parameter] = TracedArgument(
-                    name=f"{path[0].key}{keystr(path[1:])}",
-                    shape=list(tensor.shape),
-                    dtype=str(tensor.dtype).removeprefix("torch."),
-                    sharding=sharding.as_hlo(partitions[tensor]),
-                    parts=sharding.parts(partitions[tensor]),
-                    replaced_by=index if index < num_state else None,
-                )
-        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], sharding.shape, context.hlo(), arguments)
+            number = context.tensor_parameter_id(tensor)
+            if number >= 0:
+                name = f"{path[0].key}{keystr(path[1:])}"
+                arguments[number] = argument(name, tensor, index if index < num_state else None)
+        in_order = [arguments[number] for number in sorted(arguments)]
+        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], sharding.shape, context.hlo(), in_order)
