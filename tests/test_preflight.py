@@ -62,7 +62,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shipped(cache: Path) -> dict[tuple[str, str], Compiled]:
     jobs = [
-        Job(recipe=recipe, overrides=tuple(overrides), program=program, topology=topology("v6e-8"))
+        [Job(recipe=recipe, overrides=tuple(overrides), program=program, topology=topology("v6e-8"), quick=True)]
         for (_, program), (recipe, overrides) in SHIPPED.items()
     ]
     return dict(zip(SHIPPED, compile_all(jobs, cache, num_workers=2), strict=True))
@@ -188,15 +188,8 @@ def test_what_is_read_equals_what_xla_counts(which: tuple[str, str], shipped: di
 
 def test_a_batch_left_whole_is_told_with_its_allocation(tmp_path: Path, cache: Path) -> None:
     recipe, overrides = SHIPPED["diffusion", "train"]
-    job = {
-        "recipe": recipe,
-        "overrides": overrides,
-        "program": "train",
-        "topology": "v6e:2x4",
-        "topology_options": {},
-        "num_chips": 8,
-    }
-    (tmp_path / "job.json").write_text(json.dumps(job))
+    job = Job(recipe=recipe, overrides=tuple(overrides), program="train", topology=topology("v6e-8"), quick=True)
+    (tmp_path / "job.json").write_text(json.dumps(job.for_workers))
     done = run_python("tests/unsplit_batch.py", str(tmp_path), **run.TRACING)
     assert done.returncode == 0, done.stderr[-2000:]
     done = run_python("-m", "rae_xla.xla.tpu_compiler", str(tmp_path))
@@ -213,7 +206,7 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     recipe, overrides = SHIPPED["diffusion", "train"]
     compiled_before = {path.name for path in cache.iterdir()}
     out = tmp_path / "out"
-    options = ["--topology", "v6e-8", "--program", "train", "--cache", str(cache), "--out", str(out)]
+    options = ["--topology", "v6e-8", "--program", "train", "--quick", "--cache", str(cache), "--out", str(out)]
     options += ["--jobs", "2", "--dump-hlo", str(tmp_path / "hlo"), "--json", str(tmp_path / "result.json")]
     code, output, errors = run_tool("preflight", recipe, *overrides, *options)
     assert code == 0, errors
@@ -240,16 +233,16 @@ def test_the_tool_reports_and_takes_what_is_compiled(
 
 def test_a_batch_that_is_too_large_is_told_with_its_allocations(cache: Path, tmp_path: Path) -> None:
     recipe, overrides = SHIPPED["diffusion", "train"]
-    options = ["--topology", "v5litepod-1", "--program", "train", "--cache", str(cache), "--jobs", "2"]
+    options = ["--topology", "v6e-1", "--program", "train", "--quick", "--cache", str(cache), "--jobs", "2"]
     options += ["--json", str(tmp_path / "result.json"), "--out", str(tmp_path)]
-    code, output, errors = run_tool("preflight", recipe, *overrides, "data.batch_size=65536", *options)
+    code, output, errors = run_tool("preflight", recipe, *overrides, "data.batch_size=131072", *options)
     assert code == 0, errors
     [program] = json.loads((tmp_path / "result.json").read_text())["programs"]
-    assert not program["fits"] and program["hbm_gib"]["peak"] > program["hbm_gib"]["capacity"] == 15.75
+    assert not program["fits"] and program["hbm_gib"]["peak"] > program["hbm_gib"]["capacity"] == 31.25
     assert program["seconds"]["step"] is None and program["mfu"] is None
-    assert re.search(r"train on v5litepod-1 needs \d+\.\d of 15.75 GiB a chip, \d+\.\d too much. Largest: ", output)
+    assert re.search(r"train on v6e-1 needs \d+\.\d of 31.25 GiB a chip, \d+\.\d too much. Largest: ", output)
     assert (
-        "65536" in output
+        "131072" in output
         and "compute.remat=block" in output
         and "Does not fit" in (tmp_path / "report.html").read_text()
     )

@@ -33,6 +33,11 @@ if __name__ == "__main__":
     parser.add_argument("--program", metavar="NAME", action="append", help="train, sample, ...; all if not given")
     parser.add_argument("--search", action="store_true", help="try other settings too, and print them by their speed")
     parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="compile with little effort: in half a minute or so, memory and times rough",
+    )
+    parser.add_argument(
         "--out", metavar="DIR", help="write report.html and a trace for ui.perfetto.dev of each program"
     )
     parser.add_argument("--dump-hlo", metavar="DIR", help="write each compiled program's text")

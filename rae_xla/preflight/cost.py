@@ -33,6 +33,7 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
     result: dict[str, Any] = {
         "name": compiled.job.program,
         "topology": topology.name,
+        "quick": compiled.job.quick,
         "num_chips": topology.num_chips,
         "num_images": num_images,
         "images_per_chip": num_images / topology.num_chips,

@@ -47,14 +47,20 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
         if recipe.mesh.slices != where.num_slices:
             raise UserError(f"mesh.slices: {where.name} has {where.num_slices}, the recipe says {recipe.mesh.slices}")
     jobs = [
-        Job(recipe=arguments.recipe, overrides=(*arguments.overrides, *extra), program=program, topology=where)
+        Job(
+            recipe=arguments.recipe,
+            overrides=(*arguments.overrides, *extra),
+            program=program,
+            topology=where,
+            quick=arguments.quick,
+        )
         for program in programs
         for where in topologies
         for extra in settings
     ]
     cache = Path(arguments.cache) if arguments.cache else DEFAULT_CACHE
     chips = sorted({where.generation for where in topologies})
-    compiled = compile_all([*_calibration_jobs(chips), *jobs], cache, arguments.jobs)
+    compiled = compile_all([*_calibration_jobs(chips), *([job] for job in jobs)], cache, arguments.jobs)
     calibration, compiled = _calibration(compiled[: -len(jobs)]), compiled[-len(jobs) :]
     flops = {program: flops_per_image(recipe, program) for program in programs}
     costs = []
@@ -64,21 +70,22 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
         cost.result["settings"] = list(found.job.overrides[len(arguments.overrides) :])
         cost.result["remedies"] = _remedies(recipe, found.job)
         costs.append(cost)
-    shown = _shown(costs, calibration, search=arguments.search)
+    basis = f"{report.BASIS} {report.QUICK}" if arguments.quick else report.BASIS
+    shown = _shown(costs, calibration, basis, search=arguments.search)
     if arguments.dump_hlo:
         _dump(Path(arguments.dump_hlo), costs)
     if arguments.out:
         directory = Path(arguments.out)
         for cost in costs:
             report.write_trace(directory, cost)
-        logger.info("wrote %s", report.write_html(directory, arguments.recipe, costs))
+        logger.info("wrote %s", report.write_html(directory, arguments.recipe, costs, basis))
     programs_found = [cost.result for cost in costs]
     return {"recipe": arguments.recipe, "programs": programs_found, "calibration": calibration}, shown
 
 
-def _calibration_jobs(generations: list[str]) -> list[Job]:
+def _calibration_jobs(generations: list[str]) -> list[list[Job]]:
     slices = [topology(f"{generation}-{SMALLEST_SLICE}") for generation in generations]
-    return [Job(recipe=None, program=name, topology=where) for where in slices for name in CALIBRATIONS]
+    return [[Job(recipe=None, program=name, topology=where) for name in CALIBRATIONS] for where in slices]
 
 
 def _calibration(compiled: list[Compiled]) -> list[dict[str, Any]]:
@@ -142,7 +149,7 @@ def _images_of_run(recipe: CommonRecipe) -> int:
     return total_steps(recipe.train, steps_per_epoch) * recipe.data.batch_size
 
 
-def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool) -> str:
+def _shown(costs: list[Cost], calibration: list[dict[str, Any]], basis: str, *, search: bool) -> str:
     results = [cost.result for cost in costs]
     if search:
         fast = [r for r in results if r["fits"]]
@@ -168,7 +175,7 @@ def _shown(costs: list[Cost], calibration: list[dict[str, Any]], *, search: bool
                 made = f"{row['operation'] or 'compiler'} {row['source']}"
                 lines.append(f"  {row['milliseconds']:8.2f} ms {100 * row['share']:5.1f}%  {made}")
     known = ", ".join(f"{row['program']} on {row['generation']} {row['ratio']:.2f}" for row in calibration)
-    return "\n".join([*lines, f"\n{report.BASIS}", f"Estimate over ideal where that is known: {known}."])
+    return "\n".join([*lines, f"\n{basis}", f"Estimate over ideal where that is known: {known}."])
 
 
 def _dump(directory: Path, costs: list[Cost]) -> None:

@@ -23,6 +23,10 @@ BASIS = (
     "Facts, from the TPU's compiler: HBM, FLOPs, the schedule. Estimates: the length of each operation (the compiler's "
     "own cycles), of transfers (bytes over the bandwidth of the links used); nothing was run on a TPU."
 )
+QUICK = (
+    "Compiled with the compiler's least effort (--quick): how arrays are split is as it will be; HBM and times are "
+    "rough, mostly above what full effort gives."
+)
 _COLOURS = {"products": "#2a6f97", "other": "#a9d6e5", "moves": "#e76f51", "waiting": "#dddddd"}
 _COLUMNS = 600
 
@@ -111,8 +115,8 @@ def _made_by(allocation: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:
-    """``report.html`` in ``directory``; returns its path."""
+def write_html(directory: Path, recipe: str, costs: list[Cost], basis: str) -> Path:
+    """``report.html`` in ``directory``, with what its figures rest on; returns its path."""
     parts = [
         {
             "title": title_of(cost.result),
@@ -126,7 +130,7 @@ def write_html(directory: Path, recipe: str, costs: list[Cost]) -> Path:
     page = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     html = page.render(
         recipe=recipe,
-        basis=BASIS,
+        basis=basis,
         headings=HEADINGS,
         rows=[row_of(cost.result) for cost in costs],
         parts=parts,

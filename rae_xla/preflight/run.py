@@ -40,11 +40,27 @@ class Job:
     overrides: tuple[str, ...] = ()
     program: str
     topology: Topology
+    quick: bool = False
+    """Compiled with the least effort: what does not change is how arrays are split over the chips."""
 
     @property
     def title(self) -> str:
         """For people."""
         return f"{self.program} on {self.topology.name}"
+
+    @property
+    def for_workers(self) -> dict[str, Any]:
+        """What ``job.json`` holds."""
+        name, options = self.topology.for_compiler
+        return {
+            "recipe": self.recipe,
+            "overrides": list(self.overrides),
+            "program": self.program,
+            "topology": name,
+            "topology_options": options,
+            "num_chips": self.topology.num_chips,
+            "quick": self.quick,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,53 +103,54 @@ def check_compiler() -> None:
         )
 
 
-def compile_all(jobs: list[Job], cache: Path, num_workers: int) -> list[Compiled]:
-    """Trace and compile, so many at once, or take what is in ``cache`` of the same program; in the order of ``jobs``.
+def compile_all(groups: list[list[Job]], cache: Path, num_workers: int) -> list[Compiled]:
+    """Trace and compile, so many groups at once, or take what is in ``cache`` of the same program; in the jobs' order.
+
+    Jobs of a group share their processes, whose start takes longer than to trace and compile a small program.
 
     Raises:
         UserError: the recipe does not fit a slice, or the compiler is missing.
     """
     check_compiler()
     with ThreadPoolExecutor(num_workers) as pool:
-        futures = {job: pool.submit(_compiled, job, cache) for job in jobs}
+        futures = [pool.submit(_compiled, group, cache) for group in groups]
         try:
-            for done in as_completed(futures.values()):
+            for done in as_completed(futures):
                 done.result()
         except BaseException:
             # One mistake is enough to know.
             pool.shutdown(cancel_futures=True)
             raise
-        return [futures[job].result() for job in jobs]
+        return [compiled for future in futures for compiled in future.result()]
 
 
-def _compiled(job: Job, cache: Path) -> Compiled:
-    name, options = job.topology.for_compiler
+def _compiled(group: list[Job], cache: Path) -> list[Compiled]:
+    title = ", ".join(job.title for job in group)
     with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder)
-        about = {
-            "recipe": job.recipe,
-            "overrides": list(job.overrides),
-            "program": job.program,
-            "topology": name,
-            "topology_options": options,
-            "num_chips": job.topology.num_chips,
-        }
-        (directory / "job.json").write_text(json.dumps(about))
-        logger.info("%s: tracing", job.title)
-        environment = {**os.environ, **TRACING}
-        _run_worker("rae_xla.preflight.trace_worker", directory, environment, job)
-        traced = json.loads((directory / "traced.json").read_text())
-        kept = cache / _key(directory, traced, name, options)
-        if (kept / "compiled.json").exists():
-            logger.info("%s: compiled before", job.title)
+        directories = [Path(folder, str(number)) for number in range(len(group))]
+        for job, directory in zip(group, directories, strict=True):
+            directory.mkdir()
+            (directory / "job.json").write_text(json.dumps(job.for_workers))
+        logger.info("%s: tracing", title)
+        _run_worker("rae_xla.preflight.trace_worker", directories, {**os.environ, **TRACING}, title)
+        traced = [json.loads((directory / "traced.json").read_text()) for directory in directories]
+        kept = [cache / _key(directory) for directory in directories]
+        new = {place: directory for place, directory in zip(kept, directories, strict=True) if not _is_kept(place)}
+        seconds = sum(found["seconds"] for found in traced)
+        if new:
+            logger.info("%s: traced in %.0f s; compiling, which takes minutes", title, seconds)
+            _run_worker("rae_xla.xla.tpu_compiler", list(new.values()), dict(os.environ), title)
         else:
-            logger.info("%s: traced in %.0f s; compiling, which takes minutes", job.title, traced["seconds"])
-            _run_worker("rae_xla.xla.tpu_compiler", directory, dict(os.environ), job)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            _keep(directory, kept)
-        compiled = json.loads((kept / "compiled.json").read_text())
-        logger.info("%s: compiled in %.0f s", job.title, compiled["seconds"])
-        return Compiled(job, kept, traced, compiled)
+            logger.info("%s: compiled before", title)
+        for place, directory in new.items():
+            _keep(directory, place)
+    compiled = [json.loads((place / "compiled.json").read_text()) for place in kept]
+    logger.info("%s: compiled in %.0f s", title, sum(found["seconds"] for found in compiled))
+    return [Compiled(*found) for found in zip(group, kept, traced, compiled, strict=True)]
+
+
+def _is_kept(place: Path) -> bool:
+    return (place / "compiled.json").exists()
 
 
 def _keep(directory: Path, kept: Path) -> None:
@@ -143,24 +160,26 @@ def _keep(directory: Path, kept: Path) -> None:
         shutil.copytree(directory, partial, dirs_exist_ok=True)
         partial.rename(kept)
     except OSError:
-        if not (kept / "compiled.json").exists():
+        if not _is_kept(kept):
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _key(directory: Path, traced: dict[str, Any], topology: str, options: dict[str, object]) -> str:
+def _key(directory: Path) -> str:
+    """Of all that decides what the compiler makes: the program, where it is to run, how, and by which compiler."""
+    job, traced = [json.loads((directory / name).read_text()) for name in ("job.json", "traced.json")]
+    settings = [job["topology"], job["topology_options"], job["quick"]]
     versions = [FORMAT, *[metadata.version(name) for name in ("libtpu", "jaxlib")]]
     flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
-    content = json.dumps([traced["arguments"], topology, options, versions, flags], sort_keys=True).encode()
+    content = json.dumps([traced["arguments"], settings, versions, flags], sort_keys=True).encode()
     return hashlib.sha256(content + (directory / "program.pb").read_bytes()).hexdigest()[:32]
 
 
-def _run_worker(module: str, directory: Path, environment: dict[str, str], job: Job) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(directory)], env=environment, capture_output=True, text=True
-    )
+def _run_worker(module: str, directories: list[Path], environment: dict[str, str], title: str) -> None:
+    command = [sys.executable, "-m", module, *[str(directory) for directory in directories]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == USER_ERROR:
-        raise UserError(f"{job.title}: {done.stderr.strip().splitlines()[-1]}")
+        raise UserError(f"{title}: {done.stderr.strip().splitlines()[-1]}")
     if done.returncode:
-        raise RuntimeError(f"{job.title}: {module} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"{title}: {module} ended with {done.returncode}:\n{done.stderr[-4000:]}")

@@ -1,7 +1,7 @@
-"""Traces one program of a recipe, in a process of its own: torch_xla starts with tracing in mind.
+"""Traces programs of recipes, in a process of its own: torch_xla starts with tracing in mind.
 
-``python -m rae_xla.preflight.trace_worker JOB``: JOB is a folder with ``job.json``, which gets ``traced.json`` and
-``program.pb``.
+``python -m rae_xla.preflight.trace_worker JOB ...``: each JOB is a folder with ``job.json``, which gets ``traced.json``
+and ``program.pb``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main(directory: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        for argument in sys.argv[1:]:
+            main(Path(argument))
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(USER_ERROR)

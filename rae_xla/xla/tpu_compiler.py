@@ -1,7 +1,7 @@
-"""Compiles a traced program with libtpu for a slice that is not there, in a process of its own, without torch.
+"""Compiles traced programs with libtpu for a slice that is not there, in a process of its own, without torch.
 
-``python -m rae_xla.xla.tpu_compiler JOB``: reads ``job.json``, ``traced.json`` and ``program.pb`` of the folder JOB and
-writes ``compiled.json`` and, if the program fits, ``compiled.hlo``.
+``python -m rae_xla.xla.tpu_compiler JOB ...``: reads ``job.json``, ``traced.json`` and ``program.pb`` of each folder
+and writes ``compiled.json`` and, if the program fits, ``compiled.hlo``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def compile_program(directory: Path) -> dict[str, Any]:
     # As torch_xla does: outputs lie as they are marked, or as they come out, and are not gathered.
     options.executable_build_options.use_spmd_partitioning = True
     options.executable_build_options.allow_spmd_sharding_propagation_to_output = [True]
+    if job["quick"]:
+        options.executable_build_options.exec_time_optimization_effort = -1.0
     program = _with_arguments((directory / "program.pb").read_bytes(), traced["arguments"])
     found: dict[str, Any] = {
         "device_kind": devices[0].device_kind,
@@ -87,5 +89,5 @@ if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
     for variable in NOT_IN_ENVIRONMENT:
         os.environ.pop(variable, None)
-    directory = Path(sys.argv[1])
-    (directory / "compiled.json").write_text(json.dumps(compile_program(directory)))
+    for argument in sys.argv[1:]:
+        (Path(argument) / "compiled.json").write_text(json.dumps(compile_program(Path(argument))))
