@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rae_xla.errors import UserError
+from rae_xla.errors import StoppedError, UserError
 
 
 class _OneLineParser(argparse.ArgumentParser):
@@ -60,7 +60,7 @@ def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.Arg
     except KeyboardInterrupt:
         print(f"{made.prog}: interrupted; the same command again goes on from the last checkpoint", file=sys.stderr)
         sys.exit(1)
-    except UserError as error:
+    except (StoppedError, UserError) as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, UserError) else 1)
     sys.exit(0)

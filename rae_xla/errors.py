@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that are told in one line."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,14 @@ class UserError(ValueError):
 
     Tools print it on stderr and exit with 2.
     """
+
+
+class StoppedError(Exception):
+    """A run came to an early end through no mistake in what it was told; one line that says where it stands.
+
+    Tools print it on stderr and exit with 1.
+    """
+
+
+class SourceError(Exception):
+    """Images do not come: the store stayed away for longer than a recipe waits, or will not answer; in one line."""

@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     LATENT_NOISE_SCALE = 5
     INITIAL_NOISE = 6
     IMAGE_SHIFT = 7
+    IMAGE_FLIP = 8
+    IMAGE_CROP = 9
 
 
 def uniform(seed: int, purpose: Purpose, rows: Tensor, shape: tuple[int, ...] = ()) -> Tensor:

@@ -69,6 +69,16 @@ def list_names(directory: str) -> list[str]:
     return sorted(posixpath.basename(name.rstrip("/")) for name in filesystem.ls(inner, detail=False))
 
 
+def list_described(directory: str) -> dict[str, dict[str, Any]]:
+    """What the store says of each file inside a directory, by name; ``size`` at least. None if it is not there."""
+    filesystem, inner = _filesystem(directory)
+    try:
+        found = filesystem.ls(inner, detail=True)
+    except FileNotFoundError:
+        return {}
+    return {posixpath.basename(about["name"]): about for about in found if about["type"] != "directory"}
+
+
 def remove(path: str) -> None:
     """Delete a file or a directory with all in it."""
     filesystem, inner = _filesystem(path)

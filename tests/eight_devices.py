@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import islice
 from pathlib import Path
 
 import mesh_cases
+import photos
 import torch
+import torch_xla
 
+from rae_xla.data.prefetch import Prefetched
+from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig, open_source
+from rae_xla.data.stream import StreamedBatches
 from rae_xla.models.functional import buffers_of
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime, create
@@ -58,6 +64,27 @@ def diffusion_resumes(runtime: Runtime, directory: str) -> bool:
     )
 
 
+def streamed_batch_lies_in_parts(runtime: Runtime, directory: Path) -> bool:
+    """Whether each device gets its own part of a batch out of shards, and all together what one would get."""
+    photos.write_shards(directory, "parquet", photos.samples(48), num_shards=2, images_per_block=6)
+    stream = StreamConfig(shuffle_images=24, num_workers=0)
+    config = DataConfig(
+        source=photos.write_manifest_of(directory), image_size=32, batch_size=16, flip=True, stream=stream
+    )
+    images = open_source(config, ".", "train")
+    assert isinstance(images, ShardedImages)
+    batches = StreamedBatches(images, config, 0, 0, 1)
+    expected = list(islice(batches.from_step(2), 3))
+    with Prefetched(batches.from_step(2), runtime.place_batch) as arriving:
+        for batch in expected:
+            placed, _ = next(arriving)
+            for name, whole in batch.tensors.items():
+                parts = [part for part, _ in torch_xla._XLAC._get_local_shards([placed[name]])[0]]
+                if len(parts) != 8 or not torch.equal(torch.cat(parts), whole):
+                    return False
+    return True
+
+
 def complaint_about_sharding(runtime: Runtime) -> str:
     def total(state, frozen, batch):
         return {"sum": state["sum"] + batch["x"].sum()}, {"scaled": frozen["scale"] * batch["x"]}
@@ -83,6 +110,7 @@ if __name__ == "__main__":
         "num_devices": runtime.num_devices,
         "resumed_is_whole": resumed == whole,
         "diffusion_resumes": diffusion_resumes(runtime, str(directory / "diffusion")),
+        "streamed_in_parts": streamed_batch_lies_in_parts(runtime, directory / "shards"),
         "complaint": complaint_about_sharding(runtime),
     }
     (directory / "found.json").write_text(json.dumps(found))

@@ -74,7 +74,7 @@ def built(recipe: Any) -> torch.nn.Module | None:
     if recipe.task == "classifier":
         return create_classifier(recipe.model, image_size=recipe.data.image_size, num_classes=10)
     if recipe.task in ("diffusion", "sampling"):
-        num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe.data)
+        num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe.data, recipe.root)
         return create_diffusion_model(recipe.model, recipe.autoencoder.encoder.latent_shape, num_classes)
     return None if recipe.task == "latent_stats" else LatentDecoder(recipe.autoencoder).decoder
 

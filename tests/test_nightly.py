@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import run_python
+from photos import samples, write_manifest_of, write_shards
 
+from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig, open_source
+from rae_xla.data.stream import StreamedBatches
 from rae_xla.models.convert.released import layout_of, to_released
 from rae_xla.models.decoder import Decoder
 from rae_xla.models.diffusion import create_diffusion_model
@@ -70,3 +74,23 @@ def test_lpips_is_zero_for_equal_images_and_grows(tmp_path: Path, monkeypatch: p
     same, other = lpips(images, images), lpips(images, noisy)
     assert same is not None and other is not None
     assert np.abs(same).max() < 1e-6 and other.min() > 1e-4
+
+
+@pytest.mark.nightly
+def test_memory_of_a_loader_stays_flat_over_100_000_samples(tmp_path: Path) -> None:
+    """The proportional share of this process and its workers, after 20,000 samples and after 100,000."""
+    write_shards(tmp_path, "parquet", samples(4000), num_shards=8, images_per_block=50)
+    stream = StreamConfig(shuffle_images=1024, num_workers=2)
+    config = DataConfig(source=write_manifest_of(tmp_path), image_size=32, batch_size=200, flip=True, stream=stream)
+    images = open_source(config, ".", "train")
+    assert isinstance(images, ShardedImages)
+    arriving = StreamedBatches(images, config, 0, 0, 1).from_step(0)
+    found = []
+    for step in range(1, 501):
+        next(arriving)
+        if step % 100 == 0:
+            family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+            found.append(sum(process.memory_full_info().pss for process in family) / 2**20)
+    arriving.close()
+    print([round(mib) for mib in found], "MiB after each 20,000 samples")
+    assert found[-1] < 1.03 * found[0]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from short_quickstart import load_short_recipe
 
-from rae_xla.data.sources import DataConfig, open_source
+from rae_xla.data.sources import DataConfig, open_in_memory
 from rae_xla.data.transforms import to_unit
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.models.autoencoder import STATS_EPS, load_latent_encoder
@@ -63,7 +63,7 @@ def test_loss_curve_of_eight_devices_equals_that_of_one(
 
 def test_latent_statistics_normalise_the_features(one_device_run: Path, eight_device_run: tuple[Path, str]) -> None:
     recipe = load_recipe("recipes/quickstart/diffusion.yaml", [f"root={one_device_run}"])
-    images = open_source(DataConfig(source="digits", image_size=32, batch_size=1), "train").images
+    images = open_in_memory(DataConfig(source="digits", image_size=32, batch_size=1), "train").images
     with torch.no_grad():
         encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
         latents = encoder(to_unit(torch.from_numpy(images))).double()

@@ -56,7 +56,8 @@ SHIPPED = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("preflight")
+    """Not there yet."""
+    return tmp_path_factory.mktemp("preflight") / "cache"
 
 
 @pytest.fixture(scope="module")

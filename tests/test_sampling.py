@@ -167,7 +167,7 @@ def test_reconstruct_writes_images_beside_their_reconstructions(
     assert result["images"][0]["psnr"] == pytest.approx(psnr(original[None], made[None])[0])
     assert result["images"][0]["ssim"] == pytest.approx(ssim(original[None], made[None])[0])
     code, _, errors = run_tool("reconstruct", str(root / "recipe.yaml"), str(tmp_path / "text.png"))
-    assert code == 2 and "text.png is not an image that can be read" in errors and errors.count("\n") == 1
+    assert code == 2 and "text.png cannot be read (no image of a known kind)" in errors and errors.count("\n") == 1
     with pytest.raises(UserError, match="cannot be read"):
         read_image(str(tmp_path / "none.png"))
     Image.fromarray(pixels[..., 0].astype(np.uint16) * 256).save(tmp_path / "deep.png")

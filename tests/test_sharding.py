@@ -135,6 +135,10 @@ def test_a_resumed_run_on_a_mesh_is_the_uninterrupted_one(on_eight: tuple[Path, 
     assert found["num_devices"] == 8 and found["resumed_is_whole"] and found["diffusion_resumes"]
 
 
+def test_each_device_gets_its_part_of_a_streamed_batch(on_eight: tuple[Path, dict]) -> None:
+    assert on_eight[1]["streamed_in_parts"]
+
+
 def test_another_sharding_is_an_error_that_names_the_input(on_eight: tuple[Path, dict]) -> None:
     _, found = on_eight
     assert re.search(r"total: batch\['x'\] lies as .*replicated.*, traced as .*devices=\[8,1\]", found["complaint"])

@@ -14,8 +14,8 @@ import torch_xla.backends
 from mesh_cases import small_model
 
 from rae_xla import storage
-from rae_xla.data.loader import TrainingBatches
-from rae_xla.data.sources import DataConfig, open_source
+from rae_xla.data.loader import BatchesInMemory
+from rae_xla.data.sources import DataConfig, open_in_memory
 from rae_xla.data.transforms import shift_randomly, to_bytes
 from rae_xla.errors import UserError
 from rae_xla.evaluation.distances import frechet_distance, identical_images, nearest_neighbour_distances
@@ -74,20 +74,20 @@ def test_schedules(schedule: str, at_half: float) -> None:
 
 def test_every_image_once_an_epoch_and_hosts_share_the_batch() -> None:
     config = DataConfig(source="digits", image_size=8, batch_size=60)
-    images = open_source(config, "train")
-    whole = TrainingBatches(images, config, 1, 0, 1)
+    images = open_in_memory(config, "train")
+    whole = BatchesInMemory(images, config, 1, 0, 1)
     positions = np.concatenate([whole.batch(step)["positions"] for step in range(48)])
     assert positions.tolist() == list(range(48 * 60))
     labels = np.concatenate([whole.batch(step)["labels"] for step in range(48)])[: 2 * len(images)]
     for epoch in np.split(labels, 2):
         assert np.bincount(epoch).tolist() == np.bincount(images.labels).tolist()
-    hosts = [TrainingBatches(images, config, 1, index, 3).batch(7)["images"] for index in range(3)]
+    hosts = [BatchesInMemory(images, config, 1, index, 3).batch(7)["images"] for index in range(3)]
     assert torch.equal(torch.cat(hosts), whole.batch(7)["images"])
 
 
 def test_splits_are_fixed_and_apart() -> None:
     config = DataConfig(source="digits", image_size=8, batch_size=1)
-    splits = {split: open_source(config, split) for split in ("train", "heldout")}
+    splits = {split: open_in_memory(config, split) for split in ("train", "heldout")}
     assert [len(splits[split]) for split in ("train", "heldout")] == [1437, 360]
     assert np.bincount(splits["heldout"].labels).min() >= 35
 

@@ -5,6 +5,7 @@ width          Theorem 1: the loss of one digit learnt by heart at several width
 step-overhead  host time of a training step of a DiT^DH, traced lazily every time and traced once and replayed;
                --depth-only for the true number of blocks and tensors at a tiny width, which a CPU runs;
                CPU_NUM_DEVICES=8 for eight virtual devices
+input          images a second from shards to batches of 256 px, beside torchvision's ImageFolder; --workers
 """
 
 from __future__ import annotations
@@ -72,13 +73,35 @@ def step_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def input_speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``images_per_second_per_core torchvision_images_per_second_per_core ratio``, and how far the pixels are."""
+    from rae_xla.benchmarks.input import input_speed as measured
+
+    result = measured(arguments.images, arguments.workers)
+    print(
+        f"JPEG of 500x375, {result['kilobytes_per_image']:.0f} kB, to batches of 256 px, {result['workers']} workers; "
+        "images a second and worker:"
+    )
+    print(
+        f"ours {result['images_per_second_per_core']:.0f}, torchvision's ImageFolder "
+        f"{result['torchvision_images_per_second_per_core']:.0f}, ratio {result['ratio']:.2f}"
+    )
+    print(
+        f"against ADM's crop: at most {result['largest_difference']} of 255, "
+        f"{100 * result['share_of_values_that_differ']:.2f}% of values; "
+        f"resampling=exact {'is' if result['exact_mode_is_exact'] else 'is not'} exact"
+    )
+    print(f"start-up with {result['startup_shards']} shards {result['startup_seconds']:.2f} s")
+    return result
+
+
 def _shown(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__, recipe=False)
-    measurements = {"models": models, "width": width, "step-overhead": step_overhead}
+    measurements = {"models": models, "width": width, "step-overhead": step_overhead, "input": input_speed}
     parser.add_argument("what", choices=list(measurements))
     parser.add_argument("--model", metavar="NAME", default="dit_dh_xl", help="for step-overhead (default: dit_dh_xl)")
     parser.add_argument("--depth-only", action="store_true", help="for step-overhead: tiny width, true depth")
@@ -87,5 +110,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--remat", choices=["none", "block", "matmuls"], default="none", help="for step-overhead (default: none)"
     )
+    parser.add_argument("--workers", metavar="N", type=int, default=2, help="for input (default: 2)")
+    parser.add_argument("--images", metavar="N", type=int, default=2048, help="for input (default: 2048)")
     parser.add_argument("--root", metavar="DIR", default="runs/quickstart", help="of a quickstart, for width")
     cli.run(lambda arguments: measurements[arguments.what](arguments), parser)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rae_xla import runtime, storage
 from rae_xla.config import override
-from rae_xla.data.sources import open_source
+from rae_xla.data.sources import open_in_memory
 from rae_xla.data.transforms import to_unit
 from rae_xla.evaluation.files import figure_png
 from rae_xla.flow.objective import narrow_width_bound
@@ -48,7 +48,7 @@ def loss_by_width(root: str, widths: tuple[int, ...], overrides: list[str]) -> l
     common = [*overrides, override("root", root)]
     recipe = load_recipe(str(RECIPE), common)
     with torch.no_grad():
-        images = to_unit(torch.from_numpy(open_source(recipe.data, "train").images))
+        images = to_unit(torch.from_numpy(open_in_memory(recipe.data, "train").images))
         latents = load_latent_encoder(recipe.autoencoder, recipe.root)(images)
     rows = []
     for width in widths:

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, position in the run), so that a resume needs nothing but the step.
+"""Batches of a training: the same for any number of processes, from any step, with nothing to remember but the step.
 
 Epochs follow each other without a gap: a batch may hold the end of one and the start of the next, and every image
 appears exactly once an epoch.
@@ -6,23 +6,91 @@ appears exactly once an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rae_xla.data.sources import DataConfig, ImageSet
+from rae_xla.data.sources import DataConfig, ImageSet, ShardedImages
 from rae_xla.data.transforms import shift_randomly
 
 Batch = dict[str, Tensor]
 
 
-class TrainingBatches:
-    """This process's part of every batch: ``images`` uint8 [b, S, S, 3], ``labels`` int32 [b], ``positions`` int32 [b].
+@dataclass(frozen=True)
+class LoadedBatch:
+    """``tensors``: ``images`` uint8 [b, S, S, 3], ``labels`` int32 [b], ``positions`` int32 [b].
 
-    ``positions`` count samples from the start of the run; random numbers on the device are drawn by them.
+    ``positions`` count samples from the start of the run; random numbers on the device are drawn by them. ``counts``:
+    what went wrong since the batch before and was mended, for the metrics.
     """
+
+    tensors: Batch
+    counts: dict[str, int] = field(default_factory=dict)
+
+
+class TrainingBatches(Protocol):
+    """This process's part of every batch."""
+
+    def from_step(self, step: int) -> Iterator[LoadedBatch]:
+        """Batches ``step``, ``step + 1``, ... without end; counted from zero. Closing it ends what it has started."""
+
+
+def training_batches(
+    images: ImageSet | ShardedImages, config: DataConfig, seed: int, process_index: int, num_processes: int
+) -> TrainingBatches:
+    """Batches of a source.
+
+    Raises:
+        UserError: they do not divide over the processes.
+    """
+    if isinstance(images, ImageSet):
+        return BatchesInMemory(images, config, seed, process_index, num_processes)
+    # Preflight and sets in memory do without what reads shards.
+    from rae_xla.data.stream import StreamedBatches
+
+    return StreamedBatches(images, config, seed, process_index, num_processes)
+
+
+def images_in_order(
+    images: ImageSet | ShardedImages, config: DataConfig
+) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
+    """Every image of a source once, as ``images`` uint8 [up to n, S, S, 3] for a number n: for `map_rows`."""
+
+    def parts(size: int) -> Iterator[dict[str, np.ndarray]]:
+        if isinstance(images, ImageSet):
+            for start in range(0, len(images), size):
+                yield {"images": images.images[start : start + size]}
+            return
+        from rae_xla.data.stream import once
+
+        left = np.empty((0, config.image_size, config.image_size, 3), dtype=np.uint8)
+        for block in once(images, config):
+            left = np.concatenate([left, block])
+            while len(left) >= size:
+                yield {"images": left[:size]}
+                left = left[size:]
+        if len(left):
+            yield {"images": left}
+
+    return parts
+
+
+def blank_batch(config: DataConfig) -> Batch:
+    """Zeros in the shapes of a global batch."""
+    size = config.image_size
+    return {
+        "images": torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8),
+        "labels": torch.zeros(config.batch_size, dtype=torch.int32),
+        "positions": torch.zeros(config.batch_size, dtype=torch.int32),
+    }
+
+
+class BatchesInMemory:
+    """Of a set in memory, each epoch in an order of its own."""
 
     def __init__(self, images: ImageSet, config: DataConfig, seed: int, process_index: int, num_processes: int) -> None:
         self._images = images
@@ -32,10 +100,10 @@ class TrainingBatches:
         self._mine = slice(process_index * per_process, (process_index + 1) * per_process)
         self._order: tuple[int, np.ndarray] | None = None
 
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """Batches ``step``, ``step + 1``, ... without end."""
+    def from_step(self, step: int) -> Iterator[LoadedBatch]:
+        """See `TrainingBatches`."""
         while True:
-            yield self.batch(step)
+            yield LoadedBatch(self.batch(step))
             step += 1
 
     def batch(self, step: int) -> Batch:

@@ -1,36 +1,87 @@
-"""Where images come from: random access to uint8 images and their labels.
+"""Where images come from: a set held in memory, or the shards that a manifest lists.
 
-A source is one entry in `SOURCES`. Images are [H, W, 3] uint8, labels int64.
+A set in memory is one entry in `SOURCES`. Images are [H, W, 3] uint8, labels int64.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from rae_xla import storage
 from rae_xla.config import Config
+from rae_xla.data.manifest import Manifest, check_shards, read_manifest
+from rae_xla.data.transforms import Resampling
+from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
 HELD_OUT_FRACTION = 0.2
 SPLIT_SEED = 0
 
 
-class DataConfig(Config):
-    """``batch_size`` is global. ``random_shift_pixels``: images move by up to so many pixels, edges fill with black.
+class StreamConfig(Config):
+    """How shards are read; see `rae_xla.data.order` for ``shuffle_images``, which all hosts hold together.
 
-    ``num_images``: only the first so many of the training split, to overfit on; ``null`` takes all.
+    ``num_workers``: processes of each host that decode, at most as many as it has cores; 0 decodes in the training's
+    own. A request is given up after ``timeout_seconds`` and tried again, waiting longer each time; after
+    ``give_up_seconds`` the run saves and ends. An image that cannot be decoded is told and another takes its place;
+    more than ``max_unreadable`` end the run.
     """
 
-    source: Literal["digits", "synthetic"]
+    shuffle_images: int = Field(default=16384, gt=0)
+    num_workers: int = Field(default=8, ge=0)
+    timeout_seconds: float = Field(default=60.0, gt=0)
+    give_up_seconds: float = Field(default=600.0, gt=0)
+    max_unreadable: int = Field(default=100, ge=0)
+
+
+class DataConfig(Config):
+    """``source``: a set by name, or the path of a manifest of ``tools/prepare_data.py``. ``batch_size`` is global.
+
+    ``random_shift_pixels``: images move by up to so many pixels, edges fill with black; sets in memory only.
+    ``num_images``: only the first so many of the training split, to overfit on; ``null`` takes all; in memory only.
+    Of a manifest's images: ``crop`` takes the ``centre`` as ADM does, or a ``random`` part of the image with its short
+    side scaled to ``short_side``; ``resampling`` see `rae_xla.data.transforms.centre_crop`. ``flip``: images are
+    mirrored at random, every second one.
+    """
+
+    source: str
     image_size: int = Field(gt=0)
     batch_size: int = Field(gt=0)
     random_shift_pixels: int = Field(default=0, ge=0)
     num_images: int | None = Field(default=None, gt=0)
+    crop: Literal["centre", "random"] = "centre"
+    short_side: int | None = Field(default=None, gt=0)
+    flip: bool = False
+    resampling: Resampling = "fast"
+    stream: StreamConfig = StreamConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> DataConfig:
+        if self.source in SOURCES:
+            if self.crop != "centre" or self.flip or self.short_side:
+                raise ValueError(
+                    f"source: {self.source} is not cropped or mirrored; leave out crop, short_side and flip"
+                )
+            return self
+        if self.random_shift_pixels or self.num_images:
+            raise ValueError(
+                f"source: {self.source} is no set in memory ({', '.join(SOURCES)}), so it is read as a manifest; "
+                "random_shift_pixels and num_images are for sets in memory"
+            )
+        if (self.crop == "random") != (self.short_side is not None):
+            raise ValueError("short_side: goes with crop=random, and only with it")
+        if self.short_side is not None and self.short_side < self.image_size:
+            raise ValueError(f"short_side: {self.short_side} is below image_size, which is {self.image_size}")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,13 +96,58 @@ class ImageSet:
         return len(self.images)
 
 
-def open_source(config: DataConfig, split: Split) -> ImageSet:
-    """A split of the source that the recipe names."""
+@dataclass(frozen=True, kw_only=True)
+class ShardedImages:
+    """A split in shards, read as it is needed."""
+
+    manifest: Manifest
+    path: str
+    """Of the manifest."""
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0..num_classes - 1."""
+        return self.manifest.num_classes
+
+    def __len__(self) -> int:
+        return self.manifest.num_images
+
+
+def open_source(config: DataConfig, root: str, split: Split) -> ImageSet | ShardedImages:
+    """A split of the source that the recipe names; relative paths are inside ``root``. A manifest is one split.
+
+    Raises:
+        UserError: no such manifest, or its shards are not as they were when it was made.
+    """
+    if config.source not in SOURCES:
+        return _open_manifest(storage.resolve(root, config.source))
     images = SOURCES[config.source].open(config.image_size, split)
     if split == "heldout" or config.num_images is None:
         return images
     few = slice(config.num_images)
     return replace(images, images=images.images[few], labels=images.labels[few])
+
+
+def open_in_memory(config: DataConfig, split: Split) -> ImageSet:
+    """A source that is a set in memory.
+
+    Raises:
+        UserError: it is a manifest.
+    """
+    images = open_source(config, ".", split) if config.source in SOURCES else None
+    if not isinstance(images, ImageSet):
+        raise UserError(f"data.source: {config.source} is read as shards; this task takes {' or '.join(SOURCES)}")
+    return images
+
+
+def _open_manifest(path: str) -> ShardedImages:
+    manifest = read_manifest(path)
+    check_shards(manifest, path)
+    logger.info(
+        "%s: %d images of %d classes in %d %s shards", path, manifest.num_images, manifest.num_classes,
+        len(manifest.shards), manifest.container,
+    )  # fmt: skip
+    return ShardedImages(manifest=manifest, path=path)
 
 
 def _digits(image_size: int, split: Split) -> ImageSet:
@@ -83,9 +179,11 @@ def _synthetic(image_size: int, split: Split) -> ImageSet:
     return ImageSet(images=images, labels=np.arange(num_images) % num_classes, num_classes=num_classes)
 
 
-def num_classes_of(config: DataConfig) -> int:
-    """The number of labels of the source, known without opening it."""
-    return SOURCES[config.source].num_classes
+def num_classes_of(config: DataConfig, root: str) -> int:
+    """The number of labels of the source; no image is read for it."""
+    if config.source in SOURCES:
+        return SOURCES[config.source].num_classes
+    return read_manifest(storage.resolve(root, config.source)).num_classes
 
 
 @dataclass(frozen=True, kw_only=True)

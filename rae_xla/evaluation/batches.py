@@ -15,6 +15,9 @@ from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+Rows = Callable[[int], Iterator[dict[str, np.ndarray]]]
+"""From a number of rows to columns, so many rows at a time, the last time fewer."""
+
 
 def batch_size_for(wanted: int, runtime: Runtime) -> int:
     """``wanted`` rounded up to a multiple of the devices: padding is cut, so any size is right."""
@@ -29,7 +32,26 @@ def map_batches(
     runtime: Runtime,
     name: str,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """``function(frozen, batch)`` over the rows of ``columns``, batch by batch, results cut to real rows.
+    """`map_rows` over the rows of ``columns``."""
+    num_rows = len(next(iter(columns.values())))
+
+    def rows(size: int) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, num_rows, size):
+            yield {key: values[start : start + size] for key, values in columns.items()}
+
+    return map_rows(function, frozen, rows, num_rows, batch_size, runtime, name)
+
+
+def map_rows(
+    function: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]],
+    frozen: Any,
+    rows: Rows,
+    num_rows: int,
+    batch_size: int,
+    runtime: Runtime,
+    name: str,
+) -> Iterator[dict[str, np.ndarray]]:
+    """``function(frozen, batch)`` over all rows, batch by batch, results cut to real rows.
 
     ``function`` runs as one compiled step and returns tensors with one row for each row of the batch. ``frozen`` is on
     the host.
@@ -41,14 +63,13 @@ def map_batches(
 
     compiled = runtime.compile(step, name)
     placed = runtime.place_frozen(frozen)
-    num_rows = len(next(iter(columns.values())))
     logger.info("%s: %d images in batches of %d", name, num_rows, batch_size)
     size = batch_size_for(batch_size, runtime)
     with tqdm(total=num_rows, desc=name, unit="image", disable=None if runtime.process_index == 0 else True) as bar:
-        for start in range(0, num_rows, size):
-            rows = np.minimum(np.arange(start, start + size), num_rows - 1)
-            batch = {key: torch.from_numpy(values[rows]) for key, values in columns.items()}
+        for part in rows(size):
+            real = len(next(iter(part.values())))
+            padded = np.minimum(np.arange(size), real - 1)
+            batch = {key: torch.from_numpy(values[padded]) for key, values in part.items()}
             _, outputs = compiled({}, placed, runtime.place_batch(batch))
-            real = min(size, num_rows - start)
             yield {key: value.numpy()[:real] for key, value in runtime.to_host(outputs).items()}
             bar.update(real)

@@ -178,7 +178,7 @@ class Sampler:
 
 
 def _num_classes(recipe: DiffusionRecipe | SamplingRecipe) -> int:
-    return recipe.num_classes if isinstance(recipe, SamplingRecipe) else num_classes_of(recipe.data)
+    return recipe.num_classes if isinstance(recipe, SamplingRecipe) else num_classes_of(recipe.data, recipe.root)
 
 
 def _model_weights(recipe: DiffusionRecipe | SamplingRecipe) -> tuple[str | None, str]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from rae_xla import storage
+from rae_xla.data.loader import images_in_order
 from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
-from rae_xla.evaluation.batches import map_batches
+from rae_xla.evaluation.batches import map_rows
 from rae_xla.models.autoencoder import load_latent_encoder
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.recipe import LatentStatsRecipe, save_recipe
@@ -50,17 +51,16 @@ class Moments:
 
 def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tensor]:
     """``mean`` and ``variance`` (over n), float32 [C, h, w], of the training split's features."""
-    images = open_source(recipe.data, "train")
+    images = open_source(recipe.data, recipe.root, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
 
     def encode(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"features": call(encoder, frozen, runtime, to_unit(batch["images"]))}
 
     moments: Moments | None = None
-    columns = {"images": images.images}
-    for output in map_batches(
-        encode, tensors_of(encoder), columns, recipe.data.batch_size, runtime, "latent statistics"
-    ):
+    rows, num_images = images_in_order(images, recipe.data), len(images)
+    name, batch_size = "latent statistics", recipe.data.batch_size
+    for output in map_rows(encode, tensors_of(encoder), rows, num_images, batch_size, runtime, name):
         part = Moments.of(output["features"])
         moments = part if moments is None else moments.merge(part)
     assert moments is not None

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from rae_xla import storage
-from rae_xla.data.transforms import centre_crop, to_bytes, to_unit
+from rae_xla.data.transforms import centre_crop, decoded, to_bytes, to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.evaluation.files import contact_sheet, write_png
@@ -57,7 +57,7 @@ def reconstruct_files(
     Raises:
         UserError: a file is not an image, or weights are missing or do not fit.
     """
-    originals = np.stack([np.asarray(centre_crop(read_image(file), config.image_size)) for file in files])
+    originals = np.stack([centre_crop(read_image(file), config.image_size) for file in files])
     images = reconstruct(config, root, originals, min(len(files), 8), runtime)
     values: dict[str, np.ndarray | None] = {
         "psnr": psnr(originals, images),
@@ -82,17 +82,9 @@ def read_image(path: str) -> Image.Image:
         UserError: missing, not an image, or of more than 8 bits.
     """
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            deep = upright.mode.startswith(("I", "F"))
-            rgb = upright.convert("RGB")
-    except UnidentifiedImageError as error:
-        raise UserError(f"IMAGE: {path} is not an image that can be read") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return decoded(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
-    if deep:
-        raise UserError(f"IMAGE: {path} has more than 8 bits a channel; convert it to 8 first")
-    return rgb
 
 
 def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from rae_xla import storage
-from rae_xla.data.sources import ImageSet, open_source
+from rae_xla.data.sources import ImageSet, open_in_memory
 from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
@@ -36,7 +36,7 @@ class Judge:
     def __init__(self, recipe: EvaluationRecipe, runtime: Runtime) -> None:
         self._recipe = recipe
         self._runtime = runtime
-        self.heldout: ImageSet = open_source(recipe.data, "heldout")
+        self.heldout: ImageSet = open_in_memory(recipe.data, "heldout")
         self._network = ConvNet(recipe.judge, image_size=recipe.data.image_size, num_classes=self.heldout.num_classes)
         if recipe.judge.weights is None:
             raise UserError("judge.weights: required here; train the judge and give its safetensors file")
@@ -111,7 +111,7 @@ def evaluate_generation(recipe: EvaluationRecipe, runtime: Runtime, samples: str
 
 def evaluate_reconstruction(recipe: EvaluationRecipe, runtime: Runtime, num_shown: int = 40) -> dict[str, Any]:
     """PSNR on the held-out split; writes ``reconstructions.png``, each image above its reconstruction."""
-    originals = open_source(recipe.data, "heldout").images
+    originals = open_in_memory(recipe.data, "heldout").images
     reconstructions = reconstruct(recipe.autoencoder, recipe.root, originals, recipe.data.batch_size, runtime)
     run_dir = recipe.path(recipe.run_dir)
     if runtime.process_index == 0:

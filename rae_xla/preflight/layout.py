@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -18,7 +19,8 @@ class Layout:
 
     ``unsplit_inputs``: parts of the batch that every chip holds whole. ``whole_batch``: results with a row for every
     image of the batch. ``gathered_elements``: that all-gathers make in one run, ``split_elements`` of parameters that
-    lie split. ``results_checked``: false where parameters have a dimension of the batch's size, or on one chip.
+    lie split. ``results_checked``: false where parameters, or a chip's part of one, have a dimension of the batch's
+    size, or on one chip.
     """
 
     unsplit_inputs: list[str]
@@ -50,9 +52,11 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
     Results are recognised by a dimension of the batch's size; where parameters have that size too, none is.
     """
     num_images = traced["num_images"]
-    # A size that parameters have too tells nothing.
+    # A size that parameters have too, whole or of a part, tells nothing.
     is_telling = num_chips > 1 and not any(
-        num_images in argument["shape"] for argument in traced["arguments"] if not argument["name"].startswith("batch")
+        num_images in (*argument["shape"], *_part(argument))
+        for argument in traced["arguments"]
+        if not argument["name"].startswith("batch")
     )
     unsplit = [
         f"{argument['name']} ({argument['dtype']} {argument['shape']}, {argument['bytes'] / 2**30:.3f} GiB)"
@@ -73,6 +77,14 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
             seen.add(found[0].channel)
             gathered += times * max(array.num_elements for array in found[0].arrays)
     return Layout(unsplit, whole, gathered, split, is_telling)
+
+
+def _part(argument: dict[str, Any]) -> list[int]:
+    """Sizes of what one chip holds of an argument."""
+    tiles = re.search(r"devices=\[([\d,]+)\]", argument["sharding"])
+    if tiles is None:
+        return argument["shape"]
+    return [-(-size // int(tile)) for size, tile in zip(argument["shape"], tiles[1].split(","), strict=False)]
 
 
 def _is_of_all(instruction: Instruction, num_images: int) -> bool:

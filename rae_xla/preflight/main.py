@@ -145,7 +145,7 @@ def _remedies(recipe: CommonRecipe, job: Job) -> list[str]:
 
 def _images_of_run(recipe: CommonRecipe) -> int:
     assert isinstance(recipe, TrainingRecipe)
-    steps_per_epoch = len(open_source(recipe.data, "train")) / recipe.data.batch_size
+    steps_per_epoch = len(open_source(recipe.data, recipe.root, "train")) / recipe.data.batch_size
     return total_steps(recipe.train, steps_per_epoch) * recipe.data.batch_size
 
 

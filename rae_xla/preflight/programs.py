@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from rae_xla.data.loader import TrainingBatches
+from rae_xla.data.loader import blank_batch
 from rae_xla.errors import UserError
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.evaluation.latent_stats import latent_stats
@@ -89,9 +89,8 @@ def _start(recipe: CommonRecipe, program: str, runtime: Runtime) -> None:
 
 def _train(recipe: TrainingRecipe, runtime: Runtime) -> None:
     task = task_of(recipe, runtime)
-    batch = TrainingBatches(task.images, recipe.data, recipe.seed, 0, 1).batch(0)
     state, frozen = runtime.place_state(task.state), runtime.place_frozen(task.frozen)
-    runtime.compile(task.update, task.name)(state, frozen, runtime.place_batch(batch))
+    runtime.compile(task.update, task.name)(state, frozen, runtime.place_batch(blank_batch(recipe.data)))
 
 
 def _sample(recipe: DiffusionRecipe | SamplingRecipe, runtime: Runtime) -> None:

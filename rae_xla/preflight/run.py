@@ -155,6 +155,7 @@ def _is_kept(place: Path) -> bool:
 
 def _keep(directory: Path, kept: Path) -> None:
     """Copy a folder into the cache: all of it or nothing, and what another process has put there stays."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=kept.parent))
     try:
         shutil.copytree(directory, partial, dirs_exist_ok=True)

@@ -27,7 +27,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
 
     Where the recipe names weights of the decoder, training starts from them.
     """
-    images = open_source(recipe.data, "train")
+    images = open_source(recipe.data, recipe.root, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
     if recipe.autoencoder.decoder.weights is None:
         module = initialised(lambda: LatentDecoder(recipe.autoencoder), recipe.seed)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from rae_xla.data.sources import ImageSet, open_source
+from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
 from rae_xla.models.classifier import ConvNet, EncoderClassifier, create_classifier
 from rae_xla.models.functional import Tensors, buffers_of
@@ -20,15 +20,15 @@ from rae_xla.training.optimizer import total_steps
 from rae_xla.training.update import initial_state, make_update
 
 
-def _create(recipe: ClassifierRecipe, images: ImageSet) -> EncoderClassifier | ConvNet:
+def _create(recipe: ClassifierRecipe, num_classes: int) -> EncoderClassifier | ConvNet:
     size = recipe.data.image_size
-    return create_classifier(recipe.model, image_size=size, num_classes=images.num_classes)
+    return create_classifier(recipe.model, image_size=size, num_classes=num_classes)
 
 
 def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
     """Cross-entropy on the source's labels. What is exported of an encoder is the encoder without its head."""
-    images = open_source(recipe.data, "train")
-    module = initialised(lambda: _create(recipe, images), recipe.seed)
+    images = open_source(recipe.data, recipe.root, "train")
+    module = initialised(lambda: _create(recipe, images.num_classes), recipe.seed)
     steps_per_epoch = len(images) / recipe.data.batch_size
 
     def loss(model: Callable[..., Tensor], _: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -34,7 +34,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
     """The frozen encoder is part of the step: images in, a velocity loss out."""
     latent_shape = recipe.autoencoder.encoder.latent_shape
     warn_if_narrow(recipe.model, latent_shape[0], "model")
-    images = open_source(recipe.data, "train")
+    images = open_source(recipe.data, recipe.root, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
     module = _starting_model(recipe, latent_shape, images.num_classes)
     steps_per_epoch = len(images) / recipe.data.batch_size

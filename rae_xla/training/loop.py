@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from rae_xla import __version__, storage
-from rae_xla.data.loader import TrainingBatches
-from rae_xla.data.sources import ImageSet
+from rae_xla.data.loader import training_batches
+from rae_xla.data.prefetch import Prefetched
+from rae_xla.data.sources import ImageSet, ShardedImages
+from rae_xla.errors import SourceError, StoppedError
 from rae_xla.models.functional import Tensors, by_module_names
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
@@ -32,7 +34,7 @@ class TrainingTask:
     """What a task gives the loop; tensors are on the host."""
 
     name: str
-    images: ImageSet
+    images: ImageSet | ShardedImages
     num_steps: int
     module: nn.Module
     """The architecture of what is trained."""
@@ -53,7 +55,8 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     run_dir = recipe.path(recipe.run_dir)
     directory = storage.join(run_dir, "checkpoints")
     done = checkpoint.complete_steps(directory)
-    start, state, inputs = 0, task.state, described(task.inputs)
+    sources = {"data.source": task.images.path} if isinstance(task.images, ShardedImages) else {}
+    start, state, inputs = 0, task.state, described({**task.inputs, **sources})
     if done:
         check_same_run(recipe, inputs, run_dir)
         start = done[-1]
@@ -68,7 +71,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     if runtime.process_index == 0:
         begin_run(recipe, inputs, run_dir)
     update = runtime.compile(task.update, task.name)
-    batches = TrainingBatches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
+    batches = training_batches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
     log = MetricsLog(
         storage.join(run_dir, "metrics.jsonl"),
         runtime,
@@ -79,20 +82,31 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         every_steps=recipe.log.every_steps,
     )
     profiler = StepProfiler(recipe.profile, run_dir, runtime)
-    for step in range(start + 1, task.num_steps + 1):
-        profiler.before(step)
-        with log.timed("input"):
-            batch = runtime.place_batch(batches.batch(step - 1))
-        with log.timed("host"):
-            state, metrics = update(state, frozen, batch)
-        log.add(step, metrics, update.wait_seconds)
-        profiler.after(step)
-        if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
-            log.flush()
-            with log.timed("checkpoint"):
-                on_host = state_by_names(task.module, runtime.to_host(state))
-                if runtime.process_index == 0:
-                    checkpoint.save(directory, step, on_host, recipe.checkpoint.keep)
+
+    def save(step: int) -> None:
+        log.flush()
+        with log.timed("checkpoint"):
+            on_host = state_by_names(task.module, runtime.to_host(state))
+            if runtime.process_index == 0:
+                checkpoint.save(directory, step, on_host, recipe.checkpoint.keep)
+
+    with Prefetched(batches.from_step(start), runtime.place_batch) as arriving:
+        for step in range(start + 1, task.num_steps + 1):
+            profiler.before(step)
+            try:
+                with log.timed("input"):
+                    batch, counts = next(arriving)
+            except SourceError as error:
+                if step - 1 > start:
+                    save(step - 1)
+                raise StoppedError(f"{error}; saved at step {step - 1}, the same command goes on from there") from error
+            with log.timed("host"):
+                state, metrics = update(state, frozen, batch)
+            log.count(counts)
+            log.add(step, metrics, update.wait_seconds)
+            profiler.after(step)
+            if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
+                save(step)
     profiler.close(task.num_steps)
     log.close()
 

@@ -5,7 +5,8 @@ Values stay on the device until a later step has been started, so reading them n
 A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` making the
 batch and sending it off, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms``
 saving, out of ``step_ms``. A run that hardly waits for its devices is held up by its host or its input. The first line
-holds the compilation.
+holds the compilation. ``input_retries_*`` and ``input_unreadable`` count requests that were tried again and images that
+could not be decoded, on this host since the run was started.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import json
 import logging
 import sys
 import time
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -68,6 +69,7 @@ class MetricsLog:
         self._bar = tqdm(
             total=num_steps, initial=start, desc=name, unit="step", mininterval=0.5, disable=not self._shows_bar
         )
+        self._counts: Counter[str] = Counter()
         self.last: dict[str, float] = {}
 
     @contextmanager
@@ -76,6 +78,10 @@ class MetricsLog:
         start = time.perf_counter()
         yield
         self._seconds[part] += time.perf_counter() - start
+
+    def count(self, counts: Mapping[str, int]) -> None:
+        """Add to what went wrong and was mended; lines hold the sums since the run was started."""
+        self._counts.update(counts)
 
     def add(self, step: int, metrics: Any, waited_in_steps: float) -> None:
         """``metrics`` of this step, still on the device. ``step`` counts from one.
@@ -124,6 +130,7 @@ class MetricsLog:
             **values,
             "images_per_second": round(num_steps * self._batch_size / max(spent["step"], 1e-9), 2),
             **{f"{part}_ms": round(1e3 * seconds / num_steps, 3) for part, seconds in spent.items()},
+            **{f"input_{name}": number for name, number in self._counts.items()},
         }
         self._last_step, self._last_times = step, times
         self._lines.append(json.dumps(self.last) + "\n")

@@ -15,7 +15,9 @@ INPUTS_FILE = "inputs.json"
 Inputs = Mapping[str, Mapping[str, str]]
 # How long a run is, where and how it is computed and logged, and what only sampling reads.
 _COMPUTED = ("root", "runtime", "mesh", "compute", "log", "profile", "checkpoint")
-MAY_CHANGE = (*_COMPUTED, "sampler", "guidance", "train.num_epochs")
+# How images are fetched; not which, or in which order.
+_FETCHING = ("num_workers", "timeout_seconds", "give_up_seconds", "max_unreadable")
+MAY_CHANGE = (*_COMPUTED, *(f"data.stream.{key}" for key in _FETCHING), "sampler", "guidance", "train.num_epochs")
 
 
 def described(files: Mapping[str, str]) -> Inputs:
