@@ -15,5 +15,10 @@ class StoppedError(Exception):
     """
 
 
-class SourceError(Exception):
+class SourceError(StoppedError):
     """Images do not come: the store stayed away for longer than a recipe waits, or will not answer; in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, cut to its first line."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -37,7 +37,7 @@ def join(directory: str, *names: str) -> str:
     return posixpath.join(directory, *names)
 
 
-def _filesystem(path: str) -> tuple[Any, str]:
+def open_filesystem(path: str) -> tuple[Any, str]:
     """fsspec's file system and the path inside it.
 
     Raises:
@@ -51,37 +51,27 @@ def _filesystem(path: str) -> tuple[Any, str]:
 
 def exists(path: str) -> bool:
     """Is there a file or directory of this name?"""
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = open_filesystem(path)
     return bool(filesystem.exists(inner))
 
 
 def is_directory(path: str) -> bool:
     """Is there a directory of this name?"""
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = open_filesystem(path)
     return bool(filesystem.isdir(inner))
 
 
 def list_names(directory: str) -> list[str]:
     """Names inside a directory, sorted; none if it is not there."""
-    filesystem, inner = _filesystem(directory)
+    filesystem, inner = open_filesystem(directory)
     if not filesystem.isdir(inner):
         return []
     return sorted(posixpath.basename(name.rstrip("/")) for name in filesystem.ls(inner, detail=False))
 
 
-def list_described(directory: str) -> dict[str, dict[str, Any]]:
-    """What the store says of each file inside a directory, by name; ``size`` at least. None if it is not there."""
-    filesystem, inner = _filesystem(directory)
-    try:
-        found = filesystem.ls(inner, detail=True)
-    except FileNotFoundError:
-        return {}
-    return {posixpath.basename(about["name"]): about for about in found if about["type"] != "directory"}
-
-
 def remove(path: str) -> None:
     """Delete a file or a directory with all in it."""
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = open_filesystem(path)
     filesystem.rm(inner, recursive=True)
 
 
@@ -102,7 +92,7 @@ def write_bytes(path: str, content: bytes) -> None:
     Raises:
         UserError: it cannot be written there.
     """
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = open_filesystem(path)
     try:
         filesystem.makedirs(posixpath.dirname(inner), exist_ok=True)
         if _is_local(filesystem):
@@ -146,7 +136,7 @@ def read_tensors(path: str, key: str) -> dict[str, Tensor]:
     Raises:
         UserError: missing, or not a safetensors file.
     """
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = open_filesystem(path)
     try:
         return load_safetensors(inner) if _is_local(filesystem) else parse_safetensors(read_bytes(path))
     except OSError as error:
@@ -168,7 +158,7 @@ def read_pickle(path: str, key: str) -> Any:
     Raises:
         UserError: missing, not such a file, or with other objects in it.
     """
-    filesystem, inner = _filesystem(path)
+    filesystem, inner = open_filesystem(path)
     try:
         if _is_local(filesystem):
             Path(inner).open("rb").close()

@@ -10,6 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_tool
@@ -22,10 +24,12 @@ from rae_xla.data.loader import Batch, LoadedBatch, images_in_order
 from rae_xla.data.manifest import read_manifest
 from rae_xla.data.order import SampleOrder
 from rae_xla.data.prefetch import Prefetched
-from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig, open_source
+from rae_xla.data.shards import parquet_of
+from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig, open_in_memory, open_source
 from rae_xla.data.stream import StreamedBatches
 from rae_xla.data.transforms import centre_crop, decoded, decoded_fast, random_crop
 from rae_xla.errors import SourceError, UserError
+from rae_xla.training.metrics import read_metrics
 
 ROWS = 100
 KINDS = ("parquet", "arrow", "arrow_file", "tar", "files")
@@ -271,12 +275,16 @@ def test_a_faulty_bucket_gives_the_same_batches(bucket: FaultyProxy) -> None:
         assert retries[f"retries_{fault}"], retries
 
 
-def test_a_bucket_that_stays_away_ends_the_reading(bucket: FaultyProxy) -> None:
-    config = config_of(f"gs://{BUCKET}/set/manifest.json", stream={"timeout_seconds": 1.0, "give_up_seconds": 1.0})
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bucket_that_stays_away_ends_the_reading(bucket: FaultyProxy, num_workers: int) -> None:
+    stream = {"timeout_seconds": 1.0, "give_up_seconds": 1.0, "num_workers": num_workers}
+    config = config_of(f"gs://{BUCKET}/set/manifest.json", stream=stream)
     images = open_source(config, ".", "train")
     bucket.away = True
     assert isinstance(images, ShardedImages)
-    with pytest.raises(SourceError, match=r"gs://images/set/train-\d.parquet cannot be reached for 1 seconds: "):
+    with pytest.raises(
+        SourceError, match=r"^gs://images/set/train-\d.parquet cannot be reached for 1 seconds: [^\n]*$"
+    ):
         next(StreamedBatches(images, config, 0, 0, 1).from_step(0))
 
 
@@ -290,7 +298,7 @@ data:
   image_size: 32
   batch_size: 10
   flip: true
-  stream: {shuffle_images: 40, num_workers: 0, give_up_seconds: 1.0}
+  stream: {shuffle_images: 8, num_workers: 1, give_up_seconds: 1.0}
 model: {name: convnet, width: 8, feature_width: 8}
 train: {num_epochs: 3, learning_rate: 1.0e-3, schedule: constant, clip_norm: null, ema_decay: 0.9}
 log: {every_steps: 1}
@@ -302,17 +310,19 @@ def test_a_run_whose_source_goes_away_saves_and_goes_on_later(tmp_path: Path, ro
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     for root in ("whole", "broken"):
-        write_shards(tmp_path / root / "shards", "parquet", rows, num_shards=5, images_per_block=4)
+        write_shards(tmp_path / root / "shards", "parquet", rows, num_shards=10, images_per_block=5)
         assert prepare(str(tmp_path / root / "shards"), tmp_path / root / "shards" / "manifest.json")[0] == 0
     code, _, errors = run_tool("train", str(recipe), f"root={tmp_path}/whole")
     assert code == 0, errors
-    # A shard whose bytes are not as they were indexed: found when it is read.
-    shard = tmp_path / "broken" / "shards" / "train-003.parquet"
+    # A shard whose bytes are not as they were indexed: found when it is read, which is not at once.
+    windows = islice(SampleOrder([5] * 20, 10, 8, seed=1).windows(0, 0), 3)
+    number = min(set(range(10)) - {piece.block // 2 for window in windows for piece in window.pieces})
+    shard = tmp_path / "broken" / "shards" / f"train-{number:03d}.parquet"
     content = shard.read_bytes()
     shard.write_bytes(bytes(len(content)))
     code, _, errors = run_tool("train", str(recipe), f"root={tmp_path}/broken")
     assert code == 1 and "Traceback" not in errors, errors
-    assert "train-003.parquet" in errors and "; saved at step" in errors.splitlines()[-1], errors
+    assert f"{shard.name}: block" in errors and "; saved at step" in errors.splitlines()[-1], errors
     shard.write_bytes(content)
     code, _, errors = run_tool("train", str(recipe), f"root={tmp_path}/broken")
     assert code == 0, errors
@@ -377,6 +387,8 @@ def test_what_is_wrong_with_a_source_is_told(tmp_path: Path, rows: Rows) -> None
     write_shards(shards, "parquet", rows, num_shards=2, images_per_block=50)
     mistakes = [
         ([str(tmp_path / "none")], "nothing is there"),
+        ([str(shards), "--reshard"], "--out: .* is where SOURCE is; give another folder"),
+        ([str(shards), "--seed", "-1"], "--seed: at least 0"),
         ([str(shards), "--image-column", "pixels"], "--image-column: .* has no pixels; it has image, label"),
         ([str(shards), "--num-classes", "3"], "--num-classes: 3, but there is a label 4"),
         ([str(shards), "--jobs", "0"], "--jobs: at least 1, got 0"),
@@ -398,10 +410,20 @@ def test_what_is_wrong_with_a_source_is_told(tmp_path: Path, rows: Rows) -> None
     (shards / "minus.parquet").write_bytes(parquet([(rows[0][0], -1)], 1))
     assert "a label is -1; labels are whole numbers from 0" in prepare(str(shards), manifest)[1]
     (shards / "minus.parquet").unlink()
+    for column, values, message in (
+        ("image", ["a path"], "image is string, not bytes, or a struct with bytes"),
+        ("label", [0.5], "label is double, not whole numbers"),
+    ):
+        columns = {"image": [rows[0][0]], "label": [0], column: values}
+        pq.write_table(pa.table(columns), shards / "wrong.parquet")
+        assert message in prepare(str(shards), manifest)[1]
+    (shards / "wrong.parquet").unlink()
     assert not manifest.exists()
 
     assert prepare(str(shards), manifest)[0] == 0
-    with pytest.raises(UserError, match=r"data.source: .*none.json is not there; make it with tools/prepare_data.py"):
+    with pytest.raises(
+        UserError, match=r"data.source: .*none.json is not there; tools/prepare_data.py makes manifests"
+    ):
         open_source(config_of(tmp_path / "none.json"), ".", "train")
     content = json.loads(manifest.read_text())
     (shards / "wrong.json").write_text(json.dumps({**content, "num_images": 7}))
@@ -427,7 +449,7 @@ def _found(pattern: str, text: str) -> bool:
 
 def test_a_missing_bucket_is_told(bucket: FaultyProxy) -> None:
     code, errors = prepare("gs://nowhere/set", "gs://nowhere/set/train.json")
-    assert code == 2 and errors.count("\n") == 1 and "gs://nowhere/set: " in errors, errors
+    assert code == 2 and errors.count("\n") == 1 and "gs://nowhere/set is not there" in errors, errors
     with pytest.raises(UserError, match=r"data.source: gs://nowhere/train.json is not there"):
         open_source(config_of("gs://nowhere/train.json"), ".", "train")
 
@@ -435,9 +457,47 @@ def test_a_missing_bucket_is_told(bucket: FaultyProxy) -> None:
 def test_keys_that_do_not_go_together_are_told() -> None:
     for values, message in (
         ({"source": "digits", "flip": True}, "digits is not cropped or mirrored"),
-        ({"source": "x.json", "num_images": 3}, "x.json is no set in memory"),
+        ({"source": "x.json", "num_images": 3}, "num_images: for sets in memory .* x.json is read as a manifest"),
         ({"source": "x.json", "crop": "random"}, "short_side: goes with crop=random"),
         ({"source": "x.json", "crop": "random", "short_side": 16}, "short_side: 16 is below image_size"),
     ):
         with pytest.raises(ValueError, match=message):
             config_of(values.pop("source"), **values)
+
+
+def test_stored_latents_train_what_images_train(tmp_path: Path, one_device_run: Path) -> None:
+    digits = open_in_memory(DataConfig(source="digits", image_size=32, batch_size=1), "train")
+    rows = [
+        (encoded(Image.fromarray(image), "PNG"), int(label))
+        for image, label in zip(digits.images[:150], digits.labels[:150], strict=True)
+    ]
+    (tmp_path / "images.parquet").write_bytes(parquet_of(rows, 64))
+    assert prepare(str(tmp_path / "images.parquet"), tmp_path / "images.json")[0] == 0
+    recipe = ["recipes/quickstart/diffusion.yaml", "runtime=eager", f"root={one_device_run}", "data.flip=true"]
+    recipe += ["data.batch_size=50", "data.stream.num_workers=0", "model.depth=1", "model.head_depth=1"]
+    images, latents = f"data.source={tmp_path}/images.json", f"{tmp_path}/latents/train.json"
+    code, output, errors = run_tool("encode_latents", *recipe, images, "--out", latents, "--dtype", "float32")
+    assert code == 0 and "latents of 150 images" in output, errors
+    manifest = read_manifest(latents)
+    assert manifest.latents is not None and manifest.latents.mirrored and manifest.block_sizes == [64, 64, 22]
+    curves = []
+    for name, source in (("images", images), ("latents", f"data.source={latents}")):
+        run_dir = tmp_path / name
+        training = [*recipe, source, f"run_dir={run_dir}", "train.num_epochs=2", "log.every_steps=1"]
+        code, _, errors = run_tool("train", *training)
+        assert code == 0, errors
+        curves.append([line["loss"] for line in read_metrics(str(run_dir / "metrics.jsonl"))])
+    assert len(curves[0]) == 6
+    np.testing.assert_allclose(curves[1], curves[0], rtol=0, atol=1e-5)
+
+    mistakes = [
+        (
+            ["train", *recipe, "autoencoder.latent_stats=null"],
+            "latent_stats: the latents of .* another one",
+        ),
+        (["train", "recipes/quickstart/judge.yaml", "runtime=eager", "data.random_shift_pixels=0"], "holds latents"),
+        (["encode_latents", *recipe, "--out", latents], "holds latents"),
+    ]
+    for [tool, *arguments], message in mistakes:
+        code, _, errors = run_tool(tool, *arguments, f"data.source={latents}", f"root={one_device_run}")
+        assert code == 2 and errors.count("\n") == 1 and _found(message, errors), errors

@@ -46,5 +46,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--quality", metavar="Q", type=int, default=95, help="of those JPEG files (default: 95)")
     parser.add_argument("--seed", type=int, default=0, help="of the shuffling (default: 0)")
-    parser.add_argument("--jobs", metavar="N", type=int, default=8, help="so many at once (default: 8)")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=8, help="so many at once, and processes of --reshard (default: 8)"
+    )
     cli.run(main, parser)

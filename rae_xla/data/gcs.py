@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import aiohttp
-from gcsfs import GCSFileSystem
+
+# gcsfs itself exports a class that asks for a bucket's layout by gRPC first, with waits of its own.
+from gcsfs.core import GCSFileSystem
 
 
 class SingleTryGCS(GCSFileSystem):

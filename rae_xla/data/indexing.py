@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
@@ -12,16 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from PIL import Image
 from tqdm import tqdm
 
 from rae_xla.data.manifest import Container, Manifest, Shard, checksum_in
-from rae_xla.data.shards import table_pairs, tar_samples
-from rae_xla.errors import UserError
+from rae_xla.data.remote import RemoteFiles
+from rae_xla.data.shards import check_schema, table_pairs, tar_samples
+from rae_xla.errors import SourceError, UserError, first_line
 
 CONTAINERS: dict[str, Container] = {".parquet": "parquet", ".arrow": "arrow", ".tar": "tar"}
 IMAGE_SUFFIXES = tuple(
@@ -52,18 +50,24 @@ def index(source: str, labelling: Labelling, split: str, num_threads: int) -> Ma
     Raises:
         UserError: nothing there, mixed or empty shards, columns that are not there, labels out of range.
     """
-    paths = _hub_files(source, split) if source.startswith(HUB) else _shard_files(source)
-    return index_shards(paths, labelling, num_threads) if paths else _index_folder(source, labelling.num_classes)
+    files = RemoteFiles()
+    if source.startswith(HUB):
+        return index_shards(_hub_files(source, split), labelling, num_threads)
+    whole = source if "://" in source else posixpath.abspath(source)
+    found = _found(files, whole)
+    paths = sorted(path for path in found if _kind(path))
+    return index_shards(paths, labelling, num_threads) if paths else _folder(whole, found, labelling.num_classes)
 
 
 def index_shards(paths: list[str], labelling: Labelling, num_threads: int) -> Manifest:
     """The manifest of these shards; see `index`."""
+    files = RemoteFiles()
     container = _container(paths)
-    columns = _columns(container, paths[0], labelling)
+    columns = _columns(files, container, paths[0], labelling)
 
     def indexed(path: str) -> tuple[Shard, int]:
         with _told(path, container):
-            return _INDEXERS[container](path, columns)
+            return _INDEXERS[container](files, path, columns)
 
     with ThreadPoolExecutor(num_threads) as pool:
         found = list(tqdm(pool.map(indexed, paths), total=len(paths), desc="indexing", unit="shard", disable=None))
@@ -78,8 +82,10 @@ def index_shards(paths: list[str], labelling: Labelling, num_threads: int) -> Ma
 def _told(path: str, container: Container) -> Iterator[None]:
     try:
         yield
+    except SourceError as error:
+        raise UserError(str(error)) from error
     except (pa.ArrowException, tarfile.TarError, KeyError, ValueError, OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as {container} ({_first_line(error)}); remove or mend it") from error
+        raise UserError(f"{path}: cannot be read as {container} ({first_line(error)}); remove or mend it") from error
 
 
 def _manifest(
@@ -98,40 +104,27 @@ def _manifest(
 
 
 def _hub_files(source: str, split: str) -> list[str]:
-    from datasets import load_dataset_builder
-
-    name = source.removeprefix(HUB)
+    # The Hub, its cache, its library and the data set's own description can each fail in their own ways.
     try:
-        builder = load_dataset_builder(name)
-    # The Hub, its cache and the data set's own description can each fail in their own ways.
+        from datasets import load_dataset_builder
+
+        builder = load_dataset_builder(source.removeprefix(HUB))
     except Exception as error:
-        raise UserError(f"{source}: cannot be found on the Hugging Face Hub ({_first_line(error)})") from error
-    files = builder.config.data_files or {}
+        raise UserError(f"{source}: cannot be found on the Hugging Face Hub ({first_line(error)})") from error
+    files = {str(name): [str(file) for file in found] for name, found in (builder.config.data_files or {}).items()}
     if split not in files:
         raise UserError(f"--split: {source} has no {split!r}; use {' or '.join(files)}")
-    return [str(file) for file in files[split]]
+    return files[split]
 
 
-def _shard_files(source: str) -> list[str]:
-    """Files of known kinds that a pattern names or a folder holds at any depth, sorted; a folder of images has none."""
-    filesystem, inner = _opened(source)
+def _found(files: RemoteFiles, source: str) -> dict[str, dict[str, Any]]:
     try:
-        names = filesystem.glob(inner) if "*" in inner else filesystem.find(inner)
-    except OSError as error:
-        raise UserError(
-            f"{source}: cannot be read ({_first_line(error)}); check the name and your credentials"
-        ) from error
-    if not names:
+        found = files.find(source)
+    except SourceError as error:
+        raise UserError(str(error)) from error
+    if not found:
         raise UserError(f"{source}: nothing is there; correct the path")
-    whole = filesystem.unstrip_protocol if "://" in source else posixpath.abspath
-    return sorted(whole(name) for name in names if _kind(name))
-
-
-def _opened(source: str) -> tuple[Any, str]:
-    try:
-        return url_to_fs(source)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{source}: cannot be reached ({error}); give a local path or a gs:// URL") from error
+    return found
 
 
 def _kind(name: str) -> Container | None:
@@ -148,15 +141,16 @@ def _container(paths: list[str]) -> Container:
     return container
 
 
-def _columns(container: Container, path: str, labelling: Labelling) -> tuple[str, str]:
+def _columns(files: RemoteFiles, container: Container, path: str, labelling: Labelling) -> tuple[str, str]:
     """Those given, or the first of the usual names that the first shard has."""
-    with _told(path, container), fsspec.open(path, "rb") as file:
+    with _told(path, container):
+        size = files.info(path)["size"]
         if container == "parquet":
-            known = pq.read_schema(file).names
+            known = pq.read_schema(files.open(path, size)).names
         elif container == "arrow":
-            known = _arrow_reader(file)[0].names
+            known = _arrow_reader(files.open_buffered(path, size))[0].names
         else:
-            known = _tar_suffixes(file)
+            known = _tar_suffixes(files.open_buffered(path, size))
     chosen = []
     image, label = labelling.image_column, labelling.label_column
     for option, given, usual in (("--image-column", image, IMAGE_COLUMNS), ("--label-column", label, LABEL_COLUMNS)):
@@ -168,29 +162,34 @@ def _columns(container: Container, path: str, labelling: Labelling) -> tuple[str
     return chosen[0], chosen[1]
 
 
-def _index_parquet(path: str, columns: tuple[str, str]) -> tuple[Shard, int]:
-    with fsspec.open(path, "rb") as file:
-        table = pq.ParquetFile(file)
-        groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
-        labels = table.read(columns=[columns[1]]).column(0)
-        return _shard(path, labels, blocks=tuple(groups))
+def _index_parquet(files: RemoteFiles, path: str, columns: tuple[str, str]) -> tuple[Shard, int]:
+    about = files.info(path)
+    table = pq.ParquetFile(files.open(path, about["size"]))
+    check_schema(table.schema_arrow, *columns)
+    groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    if not all(groups) and any(groups):
+        raise ValueError("it has an empty row group")
+    labels = table.read(columns=[columns[1]]).column(0).to_pylist()
+    return _shard(files, path, about, labels, blocks=tuple(group for group in groups if group))
 
 
-def _index_arrow(path: str, columns: tuple[str, str]) -> tuple[Shard, int]:
-    blocks, ranges, largest = [], [], -1
-    with fsspec.open(path, "rb") as file:
-        schema, start, end = _arrow_reader(file)
-        header = start, end
-        while (message := _next_message(file)) is not None:
-            if message.type != "record batch":
-                raise ValueError(f"it has a {message.type}; write it without dictionaries")
-            batch = pa.ipc.read_record_batch(message, schema)
-            pairs = table_pairs(pa.Table.from_batches([batch]), *columns)
-            largest = max([largest, *_checked([label for _, label in pairs])])
+def _index_arrow(files: RemoteFiles, path: str, columns: tuple[str, str]) -> tuple[Shard, int]:
+    about = files.info(path)
+    blocks, ranges, labels = [], [], list[Any]()
+    file = files.open_buffered(path, about["size"])
+    schema, start, end = _arrow_reader(file)
+    check_schema(schema, *columns)
+    header = start, end
+    while (message := _next_message(file)) is not None:
+        if message.type != "record batch":
+            raise ValueError(f"it has a {message.type}; write it without dictionaries")
+        batch = pa.ipc.read_record_batch(message, schema)
+        if batch.num_rows:
+            labels += [label for _, label in table_pairs(pa.Table.from_batches([batch]), *columns)]
             blocks.append(batch.num_rows)
             ranges.append((end, file.tell()))
-            end = file.tell()
-    return _shard(path, None, blocks=tuple(blocks), ranges=tuple(ranges), header=header)[0], largest
+        end = file.tell()
+    return _shard(files, path, about, labels, blocks=tuple(blocks), ranges=tuple(ranges), header=header)
 
 
 def _arrow_reader(file: Any) -> tuple[Any, int, int]:
@@ -209,17 +208,18 @@ def _next_message(file: Any) -> Any:
         return None
 
 
-def _index_tar(path: str, columns: tuple[str, str]) -> tuple[Shard, int]:
+def _index_tar(files: RemoteFiles, path: str, columns: tuple[str, str]) -> tuple[Shard, int]:
+    about = files.info(path)
     offsets, labels = [], []
-    with fsspec.open(path, "rb") as file:
-        for offset, _, label in tar_samples(file, *columns):
-            offsets.append(offset)
-            labels.append(label)
-        size = file.seek(0, io.SEEK_END)
+    for offset, _, label in tar_samples(files.open_buffered(path, about["size"]), *columns):
+        offsets.append(offset)
+        labels.append(label)
     starts = range(0, len(offsets), TAR_BLOCK_IMAGES)
-    ends = [*[offsets[start] for start in starts[1:]], size]
+    ends = [*[offsets[start] for start in starts[1:]], about["size"]]
     return _shard(
+        files,
         path,
+        about,
         labels,
         blocks=tuple(min(TAR_BLOCK_IMAGES, len(offsets) - start) for start in starts),
         ranges=tuple((offsets[start], end) for start, end in zip(starts, ends, strict=True)),
@@ -232,73 +232,65 @@ def _tar_suffixes(file: Any) -> list[str]:
     return sorted({name.partition(".")[2].lower() for name in names if "." in name})
 
 
-_INDEXERS: dict[str, Callable[[str, tuple[str, str]], tuple[Shard, int]]] = {
+_INDEXERS: dict[str, Callable[[RemoteFiles, str, tuple[str, str]], tuple[Shard, int]]] = {
     "parquet": _index_parquet,
     "arrow": _index_arrow,
     "tar": _index_tar,
 }
 
 
-def _shard(path: str, labels: Any, **where: Any) -> tuple[Shard, int]:
+def _shard(files: RemoteFiles, path: str, about: dict[str, Any], labels: list[Any], **where: Any) -> tuple[Shard, int]:
     """And its largest label."""
-    size, checksum = _described(path)
-    values = [] if labels is None else _checked(labels.to_pylist() if hasattr(labels, "to_pylist") else labels)
-    return Shard(path=path, num_bytes=size, checksum=checksum, **where), max(values, default=-1)
-
-
-def _checked(labels: list[Any]) -> list[int]:
-    for label in labels:
-        if not isinstance(label, int) or label < 0:
-            raise ValueError(f"a label is {label!r}; labels are whole numbers from 0")
-    return labels
-
-
-def _described(path: str) -> tuple[int, str]:
-    """Size and checksum: what the store says, so that nothing is downloaded for it, or of the file's content."""
-    filesystem, inner = _opened(path)
-    about = filesystem.info(inner)
+    wrong = next((label for label in labels if not isinstance(label, int) or label < 0), 0)
+    if wrong:
+        raise ValueError(f"a label is {wrong!r}; labels are whole numbers from 0")
     checksum = checksum_in(about)
     if checksum is None:
-        with filesystem.open(inner, "rb") as file:
-            checksum = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
-    return about["size"], checksum
+        # Of a disk, which does not know it.
+        content = hashlib.file_digest(files.open_buffered(path, about["size"]), "sha256")
+        checksum = f"sha256:{content.hexdigest()}"
+    return Shard(path=path, num_bytes=about["size"], checksum=checksum, **where), max(labels, default=-1)
 
 
-def _index_folder(source: str, num_classes: int | None) -> Manifest:
-    filesystem, inner = _opened(source)
-    inner = inner.rstrip("/")
-    names = sorted(name for name in filesystem.find(inner) if name.lower().endswith(IMAGE_SUFFIXES))
-    files = [posixpath.relpath(name, inner) for name in names]
-    classes = sorted({file.split("/")[0] for file in files if "/" in file})
+def _folder(source: str, found: dict[str, dict[str, Any]], num_classes: int | None) -> Manifest:
+    """Of a folder with a folder of images for each class."""
+    source = source.rstrip("/")
+    names = sorted(name for name in found if name.lower().endswith(IMAGE_SUFFIXES))
+    files = [posixpath.relpath(name, source) for name in names]
     loose = next((file for file in files if "/" not in file), None)
     if not files or loose:
-        found = f"{loose} is in no class's folder" if loose else "has neither shards nor images"
-        raise UserError(
-            f"{source}: {found}; give {', '.join(f'*{suffix}' for suffix in CONTAINERS)} or a folder for each class"
-        )
+        what = f"{loose} is in no class's folder" if loose else "has neither shards nor images"
+        kinds = ", ".join(f"*{suffix}" for suffix in CONTAINERS)
+        raise UserError(f"{source}: {what}; give {kinds} or a folder with a folder of images for each class")
+    classes = sorted({file.split("/")[0] for file in files})
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = [numbers[file.split("/")[0]] for file in files]
-    path = filesystem.unstrip_protocol(inner) if "://" in source else posixpath.abspath(inner)
-    shard = Shard(path=path, num_bytes=0, files=tuple(files), labels=tuple(labels))
+    shard = Shard(
+        path=source,
+        num_bytes=sum(found[name]["size"] for name in names),
+        files=tuple(files),
+        sizes=tuple(found[name]["size"] for name in names),
+        labels=tuple(numbers[file.split("/")[0]] for file in files),
+    )
     return _manifest("files", ("image", "label"), [shard], len(classes) - 1, num_classes)
+
+
+def check_out(manifest_path: str, sources: list[str]) -> None:
+    """Raises a `UserError` for a manifest in a bucket of files on this disk."""
+    if "://" in manifest_path and any("://" not in source and not source.startswith(HUB) for source in sources):
+        raise UserError(f"--out: {manifest_path} is not where its images are; keep it on their disk, or --reshard them")
 
 
 def relative_to(manifest_path: str, manifest: Manifest) -> Manifest:
     """With paths relative to the manifest's folder where they are inside it, so that both can be moved together.
 
     Raises:
-        UserError: a manifest in a bucket of files on this disk.
+        UserError: see `check_out`.
     """
+    check_out(manifest_path, [shard.path for shard in manifest.shards])
     folder = manifest_path.rpartition("/")[0] or "."
     if "://" not in manifest_path:
         folder = posixpath.abspath(folder)
-    elif any("://" not in shard.path for shard in manifest.shards):
-        raise UserError(f"--out: {manifest_path} is not where its images are; keep it on their disk, or --reshard them")
     inside = folder + "/"
     return manifest.model_copy(
         update={"shards": tuple(s.model_copy(update={"path": s.path.removeprefix(inside)}) for s in manifest.shards)}
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -58,32 +58,39 @@ def training_batches(
 def images_in_order(
     images: ImageSet | ShardedImages, config: DataConfig
 ) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
-    """Every image of a source once, as ``images`` uint8 [up to n, S, S, 3] for a number n: for `map_rows`."""
+    """Every image of a source once, for `map_rows`: ``images`` uint8 [up to n, S, S, 3] and ``labels`` int32."""
 
     def parts(size: int) -> Iterator[dict[str, np.ndarray]]:
         if isinstance(images, ImageSet):
             for start in range(0, len(images), size):
-                yield {"images": images.images[start : start + size]}
+                rows = slice(start, start + size)
+                yield {"images": images.images[rows], "labels": images.labels[rows].astype(np.int32)}
             return
         from rae_xla.data.stream import once
 
-        left = np.empty((0, config.image_size, config.image_size, 3), dtype=np.uint8)
+        held: dict[str, np.ndarray] = {}
         for block in once(images, config):
-            left = np.concatenate([left, block])
-            while len(left) >= size:
-                yield {"images": left[:size]}
-                left = left[size:]
-        if len(left):
-            yield {"images": left}
+            held = {name: np.concatenate([held[name], block[name]]) if held else block[name] for name in block}
+            while len(held["labels"]) >= size:
+                yield {name: values[:size] for name, values in held.items()}
+                held = {name: values[size:] for name, values in held.items()}
+        if len(held["labels"]):
+            yield held
 
     return parts
 
 
-def blank_batch(config: DataConfig) -> Batch:
+def blank_batch(images: ImageSet | ShardedImages, config: DataConfig) -> Batch:
     """Zeros in the shapes of a global batch."""
-    size = config.image_size
+    latents = images.latents
+    if latents is None:
+        size = config.image_size
+        content = {"images": torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8)}
+    else:
+        dtype = getattr(torch, latents.dtype)
+        content = {"latents": torch.zeros(config.batch_size, *latents.shape, dtype=dtype)}
     return {
-        "images": torch.zeros(config.batch_size, size, size, 3, dtype=torch.uint8),
+        **content,
         "labels": torch.zeros(config.batch_size, dtype=torch.int32),
         "positions": torch.zeros(config.batch_size, dtype=torch.int32),
     }

@@ -112,6 +112,8 @@ class SampleOrder:
 
     def _pieces(self, epoch: int, first: int, end: int) -> Iterator[Piece]:
         """The part from ``first`` to ``end`` of the images of an epoch's shuffled blocks."""
+        if first == end:
+            return
         blocks, ends = self._blocks_of(epoch)
         for index in range(int(np.searchsorted(ends, first, side="right")), len(blocks)):
             block = int(blocks[index])

@@ -12,6 +12,7 @@ from rae_xla.data.loader import Batch, LoadedBatch
 
 # On the devices, besides the one that a step works on.
 BATCHES_AHEAD = 2
+LONGEST_JOIN_SECONDS = 10.0
 
 
 class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
@@ -22,13 +23,15 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
 
     def __init__(self, batches: Iterator[LoadedBatch], place: Callable[[Batch], Any]) -> None:
         self._ready: queue.Queue[tuple[Any, dict[str, int]] | BaseException] = queue.Queue(BATCHES_AHEAD)
+        self._ended: BaseException | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(batches, place), name="input", daemon=True)
         self._thread.start()
 
     def __next__(self) -> tuple[Any, dict[str, int]]:
-        found = self._ready.get()
+        found = self._ready.get() if self._ended is None else self._ended
         if isinstance(found, BaseException):
+            self._ended = found
             raise found
         return found
 
@@ -39,7 +42,8 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping.set()
-        self._thread.join()
+        # A source that does not answer is not waited for: the thread and its workers end with the process.
+        self._thread.join(LONGEST_JOIN_SECONDS)
 
     def _run(self, batches: Iterator[LoadedBatch], place: Callable[[Batch], Any]) -> None:
         try:
@@ -47,6 +51,7 @@ class Prefetched(Iterator[tuple[Any, dict[str, int]]]):
                 self._offer((place(batch.tensors), batch.counts))
                 if self._stopping.is_set():
                     return
+            self._offer(StopIteration())
         except BaseException as error:
             self._offer(error)
         finally:

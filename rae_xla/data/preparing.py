@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import posixpath
 from typing import Any
 
-from rae_xla.data.indexing import Labelling, index, index_shards, relative_to
+from rae_xla.data.indexing import Labelling, check_out, index, index_shards, relative_to
 from rae_xla.data.manifest import Manifest, write_manifest
-from rae_xla.data.resharding import IMAGE_COLUMN, LABEL_COLUMN, Layout, reshard
+from rae_xla.data.resharding import Layout, reshard
 from rae_xla.data.sources import ShardedImages
 from rae_xla.errors import UserError
 
@@ -37,8 +39,12 @@ def prepare(arguments: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name.replace('_', '-')}: at least {least}, got {value}")
     if arguments.short_side and not arguments.reshard:
         raise UserError("--short-side: goes with --reshard")
+    if arguments.seed < 0:
+        raise UserError(f"--seed: at least 0, got {arguments.seed}")
     if not arguments.out.endswith(".json"):
         raise UserError(f"--out: {arguments.out} is to be a manifest; give a path that ends in .json")
+    if not arguments.reshard:
+        check_out(arguments.out, [arguments.source])
     labelling = Labelling(
         image_column=arguments.image_column, label_column=arguments.label_column, num_classes=arguments.num_classes
     )
@@ -71,7 +77,10 @@ def _resharded(manifest: Manifest, arguments: argparse.Namespace) -> Manifest:
         quality=arguments.quality,
     )
     directory = arguments.out.rpartition("/")[0] or "."
+    inside = (directory if "://" in directory else posixpath.abspath(directory)) + "/"
+    if any(shard.path.startswith(inside) for shard in manifest.shards):
+        raise UserError(f"--out: {directory} is where SOURCE is; give another folder to --reshard into")
     images = ShardedImages(manifest=manifest, path="")
-    paths = reshard(images, directory, layout, arguments.seed, arguments.jobs)
-    labelling = Labelling(image_column=IMAGE_COLUMN, label_column=LABEL_COLUMN, num_classes=manifest.num_classes)
-    return index_shards(paths, labelling, arguments.jobs)
+    num_workers = min(arguments.jobs, len(os.sched_getaffinity(0)))
+    paths = reshard(images, directory, layout, arguments.seed, num_workers)
+    return index_shards(paths, Labelling(num_classes=manifest.num_classes), arguments.jobs)

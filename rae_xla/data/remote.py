@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import logging
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,14 +13,17 @@ from typing import Any, TypeVar
 
 import aiohttp
 import requests
-from fsspec.core import split_protocol, url_to_fs
+from fsspec.core import split_protocol
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
 
-from rae_xla.errors import SourceError
+from rae_xla import storage
+from rae_xla.errors import SourceError, first_line
 
 T = TypeVar("T")
 
 FIRST_WAIT_SECONDS = 0.25
 LONGEST_WAIT_SECONDS = 30.0
+BUFFER_BYTES = 4 * 2**20
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +35,58 @@ class _ShortReadError(OSError):
 class RemoteFiles:
     """Files of any kind that fsspec knows; one object for each process, which opens its own connections.
 
-    ``timeout_seconds``: of one request. ``give_up_seconds``: how long one read is tried. ``counts``: what failed for a
-    moment, by kind: ``throttled``, ``server``, ``timeout``, ``connection``, ``short_read``.
+    ``timeout_seconds``: of one request. ``give_up_seconds``: how long one request is tried. Threads may share it. Every
+    method raises a `SourceError` if what it asks for stays away, is not there, or may not be read.
     """
 
-    def __init__(self, timeout_seconds: float, give_up_seconds: float) -> None:
+    def __init__(self, timeout_seconds: float = 60.0, give_up_seconds: float = 60.0) -> None:
         self._timeout_seconds = timeout_seconds
         self._give_up_seconds = give_up_seconds
         self._filesystems: dict[str, Any] = {}
-        self.counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
 
-    def size(self, path: str) -> int:
-        """Bytes of a file."""
-        filesystem, inner = self._opened(path)
-        return int(self._tried(path, lambda: filesystem.size(inner)))
+    def take_counts(self) -> Counter[str]:
+        """What failed for a moment since this was asked before, by kind.
+
+        ``throttled``, ``server``, ``credentials``, ``timeout``, ``connection``, ``short_read``.
+        """
+        with self._lock:
+            counts, self._counts = self._counts, Counter()
+        return counts
+
+    def stop(self) -> None:
+        """Nothing is tried again from now on."""
+        self._stopped.set()
+
+    def info(self, path: str) -> dict[str, Any]:
+        """What the store says of a file; ``size`` at least."""
+        return self._tried(path, lambda filesystem, inner: dict(filesystem.info(inner)))
+
+    def find(self, source: str) -> dict[str, dict[str, Any]]:
+        """`info` of the files that a pattern names, or that are in a folder at any depth, by their whole paths."""
+
+        def find(filesystem: Any, inner: str) -> dict[str, dict[str, Any]]:
+            found = filesystem.glob(inner, detail=True) if "*" in inner else filesystem.find(inner, detail=True)
+            whole = filesystem.unstrip_protocol if "://" in source else str
+            return {whole(name): about for name, about in found.items() if about["type"] == "file"}
+
+        return self._tried(source, find)
+
+    def listing(self, folder: str) -> dict[str, dict[str, Any]]:
+        """`info` of the files in a folder, by name."""
+
+        def list_folder(filesystem: Any, inner: str) -> dict[str, dict[str, Any]]:
+            return {about["name"].rpartition("/")[2]: about for about in filesystem.ls(inner, detail=True)}
+
+        return self._tried(folder, list_folder)
 
     def read(self, path: str, first: int, end: int) -> bytes:
-        """Bytes ``first`` up to ``end``.
-
-        Raises:
-            SourceError: it stays away, is not there, or may not be read.
-        """
-        filesystem, inner = self._opened(path)
+        """Bytes ``first`` up to ``end``."""
         parts: list[bytes] = []
 
-        def read_rest() -> bytes:
+        def read_rest(filesystem: Any, inner: str) -> bytes:
             start = first + sum(map(len, parts))
             part = bytes(filesystem.cat_file(inner, start=start, end=end)) if start < end else b""
             parts.append(part)
@@ -66,43 +96,46 @@ class RemoteFiles:
 
         return self._tried(path, read_rest)
 
-    def read_whole(self, path: str) -> bytes:
-        """All bytes of a file."""
-        return self.read(path, 0, self.size(path))
-
     def open(self, path: str, size: int) -> io.RawIOBase:
         """A file that can be read anywhere, for libraries that want one."""
         return _RangedFile(self, path, size)
 
-    def _opened(self, path: str) -> tuple[Any, str]:
-        protocol = split_protocol(path)[0] or "file"
-        if protocol not in self._filesystems:
-            if protocol in ("gs", "gcs"):
-                from rae_xla.data.gcs import SingleTryGCS
+    def open_buffered(self, path: str, size: int) -> io.BufferedReader:
+        """The same, to be read from its start to its end."""
+        return io.BufferedReader(self.open(path, size), BUFFER_BYTES)
 
-                self._filesystems[protocol] = SingleTryGCS.with_timeout(self._timeout_seconds)
-            else:
-                self._filesystems[protocol] = url_to_fs(path)[0]
+    def _filesystem(self, path: str) -> tuple[Any, str]:
+        protocol = split_protocol(path)[0] or "file"
+        with self._lock:
+            if protocol not in self._filesystems:
+                if protocol in ("gs", "gcs"):
+                    from rae_xla.data.gcs import SingleTryGCS
+
+                    self._filesystems[protocol] = SingleTryGCS.with_timeout(self._timeout_seconds)
+                else:
+                    self._filesystems[protocol] = storage.open_filesystem(path)[0]
         filesystem = self._filesystems[protocol]
         return filesystem, filesystem._strip_protocol(path)
 
-    def _tried(self, path: str, read: Callable[[], T]) -> T:
+    def _tried(self, path: str, request: Callable[[Any, str], T]) -> T:
         started = time.monotonic()
         wait = FIRST_WAIT_SECONDS
         while True:
             try:
-                return read()
+                return request(*self._filesystem(path))
+            # What a store and the libraries below may raise has no common base.
             except Exception as error:
                 kind = _kind_of(error)
                 if kind is None:
-                    raise SourceError(f"{path} cannot be read: {_told(error)}") from error
-                self.counts[kind] += 1
+                    raise SourceError(_told(path, error)) from error
+                with self._lock:
+                    self._counts[kind] += 1
                 if time.monotonic() - started + wait > self._give_up_seconds:
-                    raise SourceError(
-                        f"{path} cannot be reached for {self._give_up_seconds:g} seconds: {_told(error)}"
-                    ) from error
-                logger.debug("%s: %s, trying again", path, _told(error))
-            time.sleep(wait * random.uniform(0.5, 1.5))
+                    seconds = f"{self._give_up_seconds:g} seconds"
+                    raise SourceError(f"{path} cannot be reached for {seconds}: {first_line(error)}") from error
+                logger.debug("%s: %s, trying again", path, first_line(error))
+            if self._stopped.wait(wait * random.uniform(0.5, 1.5)):
+                raise SourceError(f"{path}: reading was stopped")
             wait = min(2 * wait, LONGEST_WAIT_SECONDS)
 
 
@@ -126,16 +159,14 @@ class _RangedFile(io.RawIOBase):
         return self._at
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        content = self._files.read(self._path, self._at, end)
+        content = self.read(len(buffer))
         buffer[: len(content)] = content
-        self._at = end
         return len(content)
 
     def read(self, size: int = -1) -> bytes:
         end = self._size if size < 0 else min(self._at + size, self._size)
-        content = self._files.read(self._path, self._at, end)
-        self._at = end
+        content = self._files.read(self._path, self._at, end) if self._at < end else b""
+        self._at += len(content)
         return content
 
 
@@ -144,9 +175,12 @@ def _kind_of(error: Exception) -> str | None:
     status = _status_of(error)
     if status == 429:
         return "throttled"
-    if status == 408 or (status is not None and status >= 500):
+    if status == 408 or (status is not None and status >= 500) or isinstance(error, requests.exceptions.ProxyError):
         return "server"
-    if isinstance(error, TimeoutError | asyncio.TimeoutError | requests.Timeout):
+    expired = status == 401 and "Invalid Credentials" in str(error)
+    if expired or (isinstance(error, GoogleAuthError) and not isinstance(error, DefaultCredentialsError)):
+        return "credentials"
+    if isinstance(error, TimeoutError | requests.Timeout):
         return "timeout"
     if isinstance(error, _ShortReadError | aiohttp.ClientPayloadError):
         return "short_read"
@@ -164,5 +198,10 @@ def _status_of(error: Exception) -> int | None:
     return None
 
 
-def _told(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _told(path: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{path} is not there"
+    if isinstance(error, DefaultCredentialsError) or _status_of(error) in (401, 403) or "Forbidden" in str(error):
+        remedy = "run gcloud auth application-default login, or ask for access"
+        return f"{path} may not be read ({first_line(error)}); {remedy}"
+    return f"{path} cannot be read: {first_line(error)}"

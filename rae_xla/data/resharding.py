@@ -15,21 +15,17 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
 from rae_xla import storage
 from rae_xla.data.order import SampleOrder
 from rae_xla.data.remote import RemoteFiles
-from rae_xla.data.shards import Sample, ShardReader
+from rae_xla.data.shards import Sample, ShardReader, parquet_of
 from rae_xla.data.sources import ShardedImages, StreamConfig
 from rae_xla.data.transforms import decoded
 
 logger = logging.getLogger(__name__)
-
-IMAGE_COLUMN, LABEL_COLUMN = "image", "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,7 @@ def reshard(images: ShardedImages, directory: str, layout: Layout, seed: int, nu
             if not storage.exists(path):
                 samples = reader.read_window(window)
                 encoded = pool.map(partial(_encoded, layout=layout), (s.image for s in samples), chunksize=16)
-                storage.write_bytes(path, _parquet(list(_readable(samples, encoded)), layout))
+                storage.write_bytes(path, parquet_of(list(_readable(samples, encoded)), layout.images_per_block))
             bar.update(len(window.rows))
     return [storage.join(directory, name) for name in names]
 
@@ -75,7 +71,7 @@ def _encoded(image: bytes, layout: Layout) -> bytes | str:
     """The image as it is to be kept, or why it cannot be decoded."""
     try:
         pixels = decoded(image)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return str(error)
     if layout.short_side is None or min(pixels.size) <= layout.short_side:
         return image
@@ -92,12 +88,3 @@ def _readable(samples: list[Sample], encoded: Iterator[bytes | str]) -> Iterator
             yield found, sample.label
         else:
             logger.warning("left out: %s (%s)", sample.name, found)
-
-
-def _parquet(rows: list[tuple[bytes, int]], layout: Layout) -> bytes:
-    images, labels = [row[0] for row in rows], [row[1] for row in rows]
-    table = pa.table({IMAGE_COLUMN: pa.array(images, pa.binary()), LABEL_COLUMN: pa.array(labels, pa.int64())})
-    content = io.BytesIO()
-    # Encoded images do not compress further.
-    pq.write_table(table, content, row_group_size=layout.images_per_block, compression="none")
-    return content.getvalue()

@@ -18,6 +18,7 @@ from rae_xla.data.order import Window
 from rae_xla.data.remote import RemoteFiles
 from rae_xla.errors import SourceError
 
+OUR_COLUMNS = "image", "label"
 _TAR_END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -53,7 +54,7 @@ class ShardReader:
         path = shard_path(self._manifest_path, shard)
         if shard.files:
             file = storage.join(path, shard.files[block])
-            return [Sample(file, self._files.read_whole(file), shard.labels[block])]
+            return [Sample(file, self._files.read(file, 0, shard.sizes[block]), shard.labels[block])]
         try:
             pairs = self._pairs(path, shard, block)
         except (pa.ArrowException, tarfile.TarError, KeyError, ValueError, TypeError) as error:
@@ -64,6 +65,9 @@ class ShardReader:
             raise SourceError(
                 f"{path}: block {block} has {len(pairs)} images, the manifest says {shard.blocks[block]}; make it again"
             )
+        largest = max(label for _, label in pairs)
+        if largest >= self._manifest.num_classes:
+            raise SourceError(f"{path}: block {block} has a label {largest}, the manifest says less; make it again")
         return [Sample(f"{path} block {block} row {row}", image, label) for row, (image, label) in enumerate(pairs)]
 
     def read_window(self, window: Window) -> list[Sample]:
@@ -74,7 +78,10 @@ class ShardReader:
     def _pairs(self, path: str, shard: Shard, block: int) -> list[tuple[bytes, int]]:
         columns = self._manifest.image_column, self._manifest.label_column
         if self._manifest.container == "parquet":
-            return table_pairs(self._parquet_file(path, shard).read_row_group(block, columns=list(columns)), *columns)
+            return table_pairs(
+                self._parquet_file(path, shard).read_row_group(block, columns=list(columns), use_threads=False),
+                *columns,
+            )
         content = self._files.read(path, *shard.ranges[block])
         if self._manifest.container == "tar":
             return [(image, label) for _, image, label in tar_samples(io.BytesIO(content + _TAR_END), *columns)]
@@ -84,20 +91,48 @@ class ShardReader:
 
     def _parquet_file(self, path: str, shard: Shard) -> pq.ParquetFile:
         known = self._parquet.get(path)
-        # Buffered ahead: neighbouring columns come in one request.
-        opened = pq.ParquetFile(self._files.open(path, shard.num_bytes), metadata=known, pre_buffer=True)
+        # In this thread: a worker process that ends while Arrow's own threads read is aborted.
+        opened = pq.ParquetFile(self._files.open(path, shard.num_bytes), metadata=known, pre_buffer=False)
         self._parquet[path] = opened.metadata
         return opened
+
+
+def parquet_of(rows: list[tuple[bytes, int]], rows_per_block: int) -> bytes:
+    """A shard of our own: contents and labels under `OUR_COLUMNS`."""
+    contents, labels = [row[0] for row in rows], [row[1] for row in rows]
+    columns = [pa.array(contents, pa.binary()), pa.array(labels, pa.int64())]
+    file = io.BytesIO()
+    # Encoded images and latents do not compress further.
+    pq.write_table(pa.table(columns, names=list(OUR_COLUMNS)), file, row_group_size=rows_per_block, compression="none")
+    return file.getvalue()
+
+
+def check_schema(schema: Any, image_column: str, label_column: str) -> None:
+    """Raises a ValueError if a table does not have images as bytes, and labels as whole numbers."""
+    for name, fits, wanted in (
+        (image_column, _holds_bytes, "bytes, or a struct with bytes"),
+        (label_column, pa.types.is_integer, "whole numbers"),
+    ):
+        if name not in schema.names:
+            raise ValueError(f"it has no {name}, only {', '.join(schema.names)}")
+        if not fits(schema.field(name).type):
+            raise ValueError(f"{name} is {schema.field(name).type}, not {wanted}")
+
+
+def _holds_bytes(kind: Any) -> bool:
+    if pa.types.is_struct(kind):
+        return "bytes" in [field.name for field in kind] and _holds_bytes(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def table_pairs(table: Any, image_column: str, label_column: str) -> list[tuple[bytes, int]]:
     """Images and labels of a table. An image is bytes, or as Hugging Face writes it a struct with ``bytes``."""
     images, labels = table.column(image_column), table.column(label_column)
     if pa.types.is_struct(images.type):
-        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks], pa.binary())
+        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks], images.type.field("bytes").type)
     if images.null_count or labels.null_count:
         raise ValueError(f"{image_column} or {label_column} is empty in some rows")
-    return list(zip(images.to_pylist(), [int(label) for label in labels.to_pylist()], strict=True))
+    return list(zip(images.to_pylist(), labels.to_pylist(), strict=True))
 
 
 def tar_samples(file: Any, image_suffix: str, label_suffix: str) -> Iterator[tuple[int, bytes, int]]:
@@ -129,4 +164,8 @@ def _tar_sample(
             raise ValueError(f"{'/'.join(name)} has no .{suffix}, only {', '.join(members)}")
     suffix, _, key = label_suffix.partition("#")
     label = json.loads(members[suffix])
-    return members[image_suffix], int(label[key] if key else label)
+    if key:
+        label = label[key] if isinstance(label, dict) and key in label else None
+    if not isinstance(label, int):
+        raise ValueError(f"{'/'.join(name)}.{suffix} is no whole number; name the key of a JSON object as {suffix}#key")
+    return members[image_suffix], label

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from rae_xla import storage
 from rae_xla.config import Config
-from rae_xla.data.manifest import Manifest, check_shards, read_manifest
+from rae_xla.data.manifest import Manifest, StoredLatents, check_shards, read_manifest
 from rae_xla.data.transforms import Resampling
 from rae_xla.errors import UserError
 
@@ -33,7 +33,7 @@ class StreamConfig(Config):
     ``num_workers``: processes of each host that decode, at most as many as it has cores; 0 decodes in the training's
     own. A request is given up after ``timeout_seconds`` and tried again, waiting longer each time; after
     ``give_up_seconds`` the run saves and ends. An image that cannot be decoded is told and another takes its place;
-    more than ``max_unreadable`` end the run.
+    more than ``max_unreadable`` of a host since its start end the run.
     """
 
     shuffle_images: int = Field(default=16384, gt=0)
@@ -73,9 +73,10 @@ class DataConfig(Config):
                 )
             return self
         if self.random_shift_pixels or self.num_images:
+            key = "random_shift_pixels" if self.random_shift_pixels else "num_images"
             raise ValueError(
-                f"source: {self.source} is no set in memory ({', '.join(SOURCES)}), so it is read as a manifest; "
-                "random_shift_pixels and num_images are for sets in memory"
+                f"{key}: for sets in memory ({', '.join(SOURCES)}); {self.source} is read as a manifest, so say "
+                f"data.{key}={0 if self.random_shift_pixels else 'null'}"
             )
         if (self.crop == "random") != (self.short_side is not None):
             raise ValueError("short_side: goes with crop=random, and only with it")
@@ -91,6 +92,7 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray
     num_classes: int
+    latents: None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,6 +105,11 @@ class ShardedImages:
     manifest: Manifest
     path: str
     """Of the manifest."""
+
+    @property
+    def latents(self) -> StoredLatents | None:
+        """What is in them if it is no images."""
+        return self.manifest.latents
 
     @property
     def num_classes(self) -> int:
@@ -126,6 +133,18 @@ def open_source(config: DataConfig, root: str, split: Split) -> ImageSet | Shard
         return images
     few = slice(config.num_images)
     return replace(images, images=images.images[few], labels=images.labels[few])
+
+
+def open_images(config: DataConfig, root: str, split: Split) -> ImageSet | ShardedImages:
+    """`open_source`, of what is no latents.
+
+    Raises:
+        UserError: it is latents.
+    """
+    images = open_source(config, root, split)
+    if images.latents is not None:
+        raise UserError(f"data.source: {config.source} holds latents, which only a diffusion model trains on")
+    return images
 
 
 def open_in_memory(config: DataConfig, split: Split) -> ImageSet:

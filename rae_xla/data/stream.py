@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from rae_xla.data.loader import LoadedBatch
+from rae_xla.data.loader import Batch, LoadedBatch
+from rae_xla.data.manifest import StoredLatents
 from rae_xla.data.order import SampleOrder
 from rae_xla.data.remote import RemoteFiles
 from rae_xla.data.shards import Sample, ShardReader
 from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig
 from rae_xla.data.transforms import centre_crop, decoded_fast, mirrored, random_crop
-from rae_xla.errors import SourceError
+from rae_xla.errors import SourceError, first_line
 from rae_xla.random import Purpose, uniform
 
 logger = logging.getLogger(__name__)
@@ -29,15 +32,18 @@ logger = logging.getLogger(__name__)
 READING_THREADS = 8
 # Parts of batches that a worker makes ahead.
 PARTS_AHEAD = 2
+HANDING_OVER_SECONDS = 0.3
+
+Rows = dict[str, np.ndarray]
+Block = tuple[Rows, list[str]]
+"""Its images that can be decoded, and the names of those that cannot."""
 
 
 @dataclass
 class _Part:
     """Some neighbouring streams' rows of a batch, made by one worker."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
+    tensors: Batch
     counts: Counter[str] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
 
@@ -69,42 +75,69 @@ class StreamedBatches:
         config = self._config.stream
         num_workers = min(_num_workers(config), len(self._streams))
         parts = _Parts(self._images, self._config, self._seed, self._order, self._streams, step)
-        arriving = iter(_loader(parts, num_workers))
-        num_unreadable = 0
+        arriving = _from_workers(parts, num_workers)
+        unreadable = _Unreadable(config)
         while True:
             found = [next(arriving) for _ in range(max(num_workers, 1))]
             counts: Counter[str] = sum((part.counts for part in found), Counter())
-            for name in (name for part in found for name in part.unreadable):
-                logger.warning("input: cannot decode %s; another image takes its place", name)
-                num_unreadable += 1
-                counts["unreadable"] += 1
-                if num_unreadable > config.max_unreadable:
-                    raise SourceError(
-                        f"{num_unreadable} images cannot be decoded, the last {name}; mend the shards, or allow more "
-                        "by data.stream.max_unreadable"
-                    )
-            yield LoadedBatch(
-                {
-                    name: torch.cat([getattr(part, name) for part in found])
-                    for name in ("images", "labels", "positions")
-                },
-                dict(counts),
-            )
+            counts["unreadable"] = unreadable.add([name for part in found for name in part.unreadable])
+            tensors = {name: torch.cat([part.tensors[name] for part in found]) for name in found[0].tensors}
+            yield LoadedBatch(tensors, dict(+counts))
 
 
-def once(images: ShardedImages, config: DataConfig) -> Iterator[np.ndarray]:
-    """Every image once, block by block, uint8 [b, S, S, 3]; without random crops or flips.
+def once(images: ShardedImages, config: DataConfig) -> Iterator[Rows]:
+    """Every image once, block by block: ``images`` uint8 [b, S, S, 3], cropped in the centre, and ``labels`` int32 [b].
+
+    Those that cannot be decoded are told and left out.
 
     Raises:
-        SourceError: an image cannot be read or decoded.
+        SourceError: see `StreamConfig`.
     """
-    loader: DataLoader[np.ndarray] = _loader(_Blocks(images, config), _num_workers(config.stream))
-    yield from loader
+    unreadable = _Unreadable(config.stream)
+    for rows, names in _from_workers(_Blocks(images, config), _num_workers(config.stream)):
+        unreadable.add(names)
+        yield rows
 
 
-def _loader(parts: IterableDataset[Any], num_workers: int) -> DataLoader[Any]:
-    """It takes an item of each worker in turn."""
-    return DataLoader(
+class _Unreadable:
+    """The images that could not be decoded so far."""
+
+    def __init__(self, config: StreamConfig) -> None:
+        self._most = config.max_unreadable
+        self._names: set[str] = set()
+
+    def add(self, names: list[str]) -> int:
+        """How many are new; each is told once.
+
+        Raises:
+            SourceError: they are more than the recipe allows.
+        """
+        new = sorted(set(names) - self._names)
+        for name in new:
+            logger.warning("input: cannot decode %s", name)
+        self._names.update(new)
+        if len(self._names) > self._most:
+            raise SourceError(
+                f"{len(self._names)} images cannot be decoded, the last {new[-1]}; mend the shards, or allow more by "
+                "data.stream.max_unreadable"
+            )
+        return len(new)
+
+
+@dataclass
+class _Failure:
+    """What stopped a worker. An exception would come out of `DataLoader` as a page of text."""
+
+    message: str
+
+
+def _from_workers(parts: IterableDataset[Any], num_workers: int) -> Iterator[Any]:
+    """An item of each worker in turn.
+
+    Raises:
+        SourceError: a worker met with one.
+    """
+    loader: DataLoader[Any] = DataLoader(
         parts,
         batch_size=None,
         num_workers=num_workers,
@@ -113,6 +146,18 @@ def _loader(parts: IterableDataset[Any], num_workers: int) -> DataLoader[Any]:
         multiprocessing_context="spawn" if num_workers else None,
         prefetch_factor=PARTS_AHEAD if num_workers else None,
     )
+    arriving = iter(loader)
+    while True:
+        try:
+            item = next(arriving, None)
+        except RuntimeError as error:
+            # A worker that was killed, for its memory as a rule.
+            raise SourceError(f"input: {first_line(error)}") from error
+        if item is None:
+            return
+        if isinstance(item, _Failure):
+            raise SourceError(item.message)
+        yield item
 
 
 def _num_workers(config: StreamConfig) -> int:
@@ -123,7 +168,34 @@ def _as_it_is(part: Any) -> Any:
     return part
 
 
-class _Parts(IterableDataset[_Part]):
+class _Worker(IterableDataset[Any], ABC):
+    """What a worker process does: it opens its own connections."""
+
+    def __init__(self, images: ShardedImages, config: DataConfig) -> None:
+        super().__init__()
+        self._images, self._config = images, config
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = self._config.stream
+        files = RemoteFiles(stream.timeout_seconds, stream.give_up_seconds)
+        worker = get_worker_info()
+        index, number = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        try:
+            yield from self._items(ShardReader(self._images.manifest, self._images.path, files), files, index, number)
+        except SourceError as error:
+            yield _Failure(str(error))
+        finally:
+            files.stop()
+            if worker is not None:
+                # The thread that hands parts over is not joined; if the process ends under it, it is aborted, loudly.
+                time.sleep(HANDING_OVER_SECONDS)
+
+    @abstractmethod
+    def _items(self, reader: ShardReader, files: RemoteFiles, index: int, number: int) -> Iterator[Any]:
+        """What worker ``index`` of ``number`` gives."""
+
+
+class _Parts(_Worker):
     """In each worker, its part of every batch from a step on."""
 
     def __init__(
@@ -135,66 +207,56 @@ class _Parts(IterableDataset[_Part]):
         streams: range,
         step: int,
     ) -> None:
-        super().__init__()
-        self._images, self._config, self._seed = images, config, seed
+        super().__init__(images, config)
+        self._seed = seed
         self._order, self._streams, self._step = order, streams, step
 
-    def __iter__(self) -> Iterator[_Part]:
-        index, number = _worker()
+    def _items(self, reader: ShardReader, files: RemoteFiles, index: int, number: int) -> Iterator[_Part]:
         bounds = [len(self._streams) * i // number for i in (index, index + 1)]
-        stream = self._config.stream
-        files = RemoteFiles(stream.timeout_seconds, stream.give_up_seconds)
-        reader = ShardReader(self._images.manifest, self._images.path, files)
-        preparation = _Preparation(self._config, self._seed)
-        with ThreadPoolExecutor(READING_THREADS) as threads:
-            samples = [
-                _samples(self._order, stream, self._step, reader, threads)
-                for stream in self._streams[bounds[0] : bounds[1]]
-            ]
+        stored = self._images.latents
+        given = self._config, self._seed
+        preparation = _Pixels(*given) if stored is None else _Latents(*given, stored)
+        threads = ThreadPoolExecutor(READING_THREADS)
+        # All their first windows are being read before the first is waited for.
+        samples = [
+            _Samples(self._order, stream, self._step, reader, threads)
+            for stream in self._streams[bounds[0] : bounds[1]]
+        ]
+        try:
             while True:
-                taken = [next(of_stream) for of_stream in samples for _ in range(self._order.images_per_step)]
+                taken = [of_stream.take() for of_stream in samples for _ in range(self._order.images_per_step)]
                 yield self._part(taken, preparation, files)
+        finally:
+            # Not to wait for a source that stays away.
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _part(self, taken: list[_Taken], preparation: _Preparation, files: RemoteFiles) -> _Part:
+    def _part(self, taken: list[_Taken], preparation: _Pixels | _Latents, files: RemoteFiles) -> _Part:
         positions = np.array([sample.position for sample in taken], dtype=np.int64).astype(np.int32)
         unreadable: list[str] = []
-        images, labels = preparation.prepared(taken, positions, unreadable)
-        counts, files.counts = files.counts, Counter()
-        return _Part(
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            Counter({f"retries_{kind}": number for kind, number in counts.items()}),
-            unreadable,
-        )
+        values, labels = preparation.prepared(taken, positions, unreadable)
+        arrays = {preparation.name: values, "labels": labels, "positions": positions}
+        counts = Counter({f"retries_{kind}": number for kind, number in files.take_counts().items()})
+        return _Part({name: torch.from_numpy(array) for name, array in arrays.items()}, counts, unreadable)
 
 
-class _Blocks(IterableDataset[np.ndarray]):
+class _Blocks(_Worker):
     """In each worker, the images of every so many-th block."""
 
-    def __init__(self, images: ShardedImages, config: DataConfig) -> None:
-        super().__init__()
-        self._images, self._config = images, config
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        stream, size = self._config.stream, self._config.image_size
-        files = RemoteFiles(stream.timeout_seconds, stream.give_up_seconds)
-        reader = ShardReader(self._images.manifest, self._images.path, files)
-        index, number = _worker()
+    def _items(
+        self, reader: ShardReader, files: RemoteFiles, index: int, number: int
+    ) -> Iterator[tuple[Rows, list[str]]]:
+        size = self._config.image_size
         for block in range(index, reader.num_blocks, number):
-            found = []
+            images, labels, unreadable = [np.empty((0, size, size, 3), dtype=np.uint8)], list[int](), list[str]()
             for sample in reader.read(block):
                 try:
-                    found.append(centre_crop(decoded_fast(sample.image), size, self._config.resampling))
-                except (OSError, ValueError) as error:
-                    raise SourceError(f"{sample.name} cannot be decoded ({error}); mend the shard") from error
-            yield np.stack(found)
-
-
-def _worker() -> tuple[int, int]:
-    """Which worker this process is, of how many."""
-    worker = get_worker_info()
-    return (0, 1) if worker is None else (worker.id, worker.num_workers)
+                    image = decoded_fast(sample.image)
+                except ValueError as error:
+                    unreadable.append(f"{sample.name} ({error})")
+                    continue
+                images.append(centre_crop(image, size, self._config.resampling)[None])
+                labels.append(sample.label)
+            yield {"images": np.concatenate(images), "labels": np.array(labels, dtype=np.int32)}, unreadable
 
 
 @dataclass(frozen=True)
@@ -206,23 +268,58 @@ class _Taken:
     position: int
 
 
-def _samples(
-    order: SampleOrder, stream: int, step: int, reader: ShardReader, threads: ThreadPoolExecutor
-) -> Iterator[_Taken]:
+class _Samples:
     """A stream's samples from a step on. While one window is used the next is read."""
-    windows = order.windows(stream, step)
-    reading = threads.submit(reader.read_window, window := next(windows))
-    first = step * order.images_per_step
-    while True:
-        samples, begins = reading.result(), window.position
-        reading = threads.submit(reader.read_window, window := next(windows))
-        positions = order.positions(stream, begins, begins + len(samples))
-        for index in range(max(first - begins, 0), len(samples)):
-            yield _Taken(samples, index, int(positions[index]))
+
+    def __init__(
+        self, order: SampleOrder, stream: int, step: int, reader: ShardReader, threads: ThreadPoolExecutor
+    ) -> None:
+        self._order, self._stream, self._reader, self._threads = order, stream, reader, threads
+        self._windows = order.windows(stream, step)
+        self._next = step * order.images_per_step
+        self._window: list[Sample] = []
+        self._begins = self._next
+        self._read_on()
+
+    def take(self) -> _Taken:
+        """The next sample."""
+        if self._next == self._begins + len(self._window):
+            self._window, self._begins = self._reading.result(), self._reading_begins
+            self._read_on()
+        index, own = self._next - self._begins, self._next
+        self._next += 1
+        return _Taken(self._window, index, int(self._order.positions(self._stream, own, own + 1)[0]))
+
+    def _read_on(self) -> None:
+        window = next(self._windows)
+        self._reading, self._reading_begins = self._threads.submit(self._reader.read_window, window), window.position
 
 
-class _Preparation:
-    """Encoded samples to uint8 images of one size, the same for the same positions in the run."""
+class _Latents:
+    """Stored latents to arrays, plain or of the mirrored image."""
+
+    name = "latents"
+
+    def __init__(self, config: DataConfig, seed: int, stored: StoredLatents) -> None:
+        self._stored, self._config, self._seed = stored, config, seed
+
+    def prepared(self, taken: list[_Taken], positions: np.ndarray, _: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Latents, as they are stored, and int32 labels."""
+        samples = [sample.window[sample.index] for sample in taken]
+        arrays = np.stack([self._stored.parsed(sample.image) for sample in samples])
+        mirrored = _flips(self._seed, positions) if self._config.flip else np.zeros(len(taken), dtype=bool)
+        labels = np.array([sample.label for sample in samples], dtype=np.int32)
+        return arrays[np.arange(len(taken)), mirrored.astype(int)], labels
+
+
+def _flips(seed: int, positions: np.ndarray) -> np.ndarray:
+    return uniform(seed, Purpose.IMAGE_FLIP, torch.from_numpy(positions)).numpy() < 0.5
+
+
+class _Pixels:
+    """Encoded images to uint8 images of one size, the same for the same positions in the run."""
+
+    name = "images"
 
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config = config
@@ -236,7 +333,7 @@ class _Preparation:
         Its name is added to ``unreadable``.
         """
         rows = torch.from_numpy(positions)
-        flips = uniform(self._seed, Purpose.IMAGE_FLIP, rows).numpy() < 0.5 if self._config.flip else None
+        flips = _flips(self._seed, positions) if self._config.flip else None
         places = uniform(self._seed, Purpose.IMAGE_CROP, rows, (2,)).tolist() if self._config.short_side else None
         size = self._config.image_size
         images = np.empty((len(taken), size, size, 3), dtype=np.uint8)
@@ -251,7 +348,7 @@ class _Preparation:
         for sample in [*window[taken.index :], *window[: taken.index]]:
             try:
                 image = decoded_fast(sample.image)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 unreadable.append(f"{sample.name} ({error})")
                 continue
             config = self._config

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from rae_xla.errors import first_line
 from rae_xla.random import Purpose, uniform
 
 
@@ -49,8 +50,11 @@ def decoded(file: Any) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError("no image of a known kind") from error
-    except (SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from error
+    except FileNotFoundError:
+        raise
+    # Damaged bytes stop Pillow's readers anywhere, with any exception.
+    except Exception as error:
+        raise ValueError(first_line(error)) from error
 
 
 def decoded_fast(content: bytes) -> Image.Image | np.ndarray:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rae_xla import storage
 from rae_xla.data.loader import images_in_order
-from rae_xla.data.sources import open_source
+from rae_xla.data.sources import open_images
 from rae_xla.data.transforms import to_unit
 from rae_xla.evaluation.batches import map_rows
 from rae_xla.models.autoencoder import load_latent_encoder
@@ -51,7 +51,7 @@ class Moments:
 
 def latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Tensor]:
     """``mean`` and ``variance`` (over n), float32 [C, h, w], of the training split's features."""
-    images = open_source(recipe.data, recipe.root, "train")
+    images = open_images(recipe.data, recipe.root, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
 
     def encode(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

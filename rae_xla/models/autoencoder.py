@@ -118,6 +118,19 @@ def encoder_weights_path(config: AutoencoderConfig, root: str, process_index: in
     return pretrained_weights(encoder.timm_model, root, key, process_index)
 
 
+def made_with(config: AutoencoderConfig, root: str, image_size: int) -> dict[str, str | int | None]:
+    """What decides the latents of images, by recipe key: hashes of files, and values.
+
+    Raises:
+        UserError: see `encoder_weights_path`; the file of statistics is missing.
+    """
+    files = {"autoencoder.encoder.weights": encoder_weights_path(config, root)}
+    if config.latent_stats is not None:
+        files["autoencoder.latent_stats"] = required_path(config.latent_stats, root, "autoencoder.latent_stats")
+    hashes = {key: storage.content_hash(path) for key, path in files.items()}
+    return {**hashes, "autoencoder.encoder.name": config.encoder.name, "data.image_size": image_size}
+
+
 def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:
     """The decoder with its weights, and the statistics if the configuration names them.
 

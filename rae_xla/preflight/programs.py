@@ -90,7 +90,7 @@ def _start(recipe: CommonRecipe, program: str, runtime: Runtime) -> None:
 def _train(recipe: TrainingRecipe, runtime: Runtime) -> None:
     task = task_of(recipe, runtime)
     state, frozen = runtime.place_state(task.state), runtime.place_frozen(task.frozen)
-    runtime.compile(task.update, task.name)(state, frozen, runtime.place_batch(blank_batch(recipe.data)))
+    runtime.compile(task.update, task.name)(state, frozen, runtime.place_batch(blank_batch(task.images, recipe.data)))
 
 
 def _sample(recipe: DiffusionRecipe | SamplingRecipe, runtime: Runtime) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae_xla.data.sources import open_source
+from rae_xla.data.sources import open_images
 from rae_xla.data.transforms import to_unit
 from rae_xla.models.autoencoder import LatentDecoder, encoder_weights_path, load_latent_decoder, load_latent_encoder
 from rae_xla.models.convert.released import layout_of
@@ -27,7 +27,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
 
     Where the recipe names weights of the decoder, training starts from them.
     """
-    images = open_source(recipe.data, recipe.root, "train")
+    images = open_images(recipe.data, recipe.root, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
     if recipe.autoencoder.decoder.weights is None:
         module = initialised(lambda: LatentDecoder(recipe.autoencoder), recipe.seed)

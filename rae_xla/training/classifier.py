@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from rae_xla.data.sources import open_source
+from rae_xla.data.sources import open_images
 from rae_xla.data.transforms import to_unit
 from rae_xla.models.classifier import ConvNet, EncoderClassifier, create_classifier
 from rae_xla.models.functional import Tensors, buffers_of
@@ -27,7 +27,7 @@ def _create(recipe: ClassifierRecipe, num_classes: int) -> EncoderClassifier | C
 
 def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
     """Cross-entropy on the source's labels. What is exported of an encoder is the encoder without its head."""
-    images = open_source(recipe.data, recipe.root, "train")
+    images = open_images(recipe.data, recipe.root, "train")
     module = initialised(lambda: _create(recipe, images.num_classes), recipe.seed)
     steps_per_epoch = len(images) / recipe.data.batch_size
 

@@ -9,17 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rae_xla.data.manifest import StoredLatents
 from rae_xla.data.sources import open_source
 from rae_xla.data.transforms import to_unit
+from rae_xla.errors import UserError
 from rae_xla.flow.objective import flow_matching_loss, interpolate
 from rae_xla.flow.schedule import training_times
-from rae_xla.models.autoencoder import encoder_weights_path, load_latent_encoder
+from rae_xla.models.autoencoder import encoder_weights_path, load_latent_encoder, made_with
 from rae_xla.models.convert.released import layout_of
 from rae_xla.models.diffusion import DiffusionModel, create_diffusion_model, load_diffusion_model
 from rae_xla.models.dit import DiTConfig
 from rae_xla.models.dit_dh import DiTDHConfig
 from rae_xla.models.functional import buffers_of, call, tensors_of
-from rae_xla.models.loading import initialised
+from rae_xla.models.loading import initialised, values_wanted
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import DiffusionRecipe
 from rae_xla.runtime import Runtime
@@ -31,11 +33,15 @@ logger = logging.getLogger(__name__)
 
 
 def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
-    """The frozen encoder is part of the step: images in, a velocity loss out."""
+    """The frozen encoder is part of the step: images in, a velocity loss out. Stored latents take its place."""
     latent_shape = recipe.autoencoder.encoder.latent_shape
     warn_if_narrow(recipe.model, latent_shape[0], "model")
     images = open_source(recipe.data, recipe.root, "train")
-    encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
+    encoder = None
+    if images.latents is None:
+        encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
+    elif values_wanted():
+        _check_made_alike(images.latents, recipe)
     module = _starting_model(recipe, latent_shape, images.num_classes)
     steps_per_epoch = len(images) / recipe.data.batch_size
     shift = recipe.flow.shift_for(latent_shape)
@@ -44,7 +50,10 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
     def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch["positions"]
         with torch.no_grad():
-            latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
+            if encoder is None:
+                latents = batch["latents"].float()
+            else:
+                latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
             times = training_times(recipe.flow, shift, recipe.seed, rows)
             noise = normal(recipe.seed, Purpose.FLOW_NOISE, rows, latent_shape)
             dropped = uniform(recipe.seed, Purpose.LABEL_DROPOUT, rows) < recipe.flow.label_dropout
@@ -58,7 +67,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         num_steps=total_steps(recipe.train, steps_per_epoch),
         module=module,
         state=initial_state(module),
-        frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
+        frozen={"buffers": buffers_of(module), **({} if encoder is None else {"encoder": tensors_of(encoder)})},
         update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
         export=lambda ema: {**module.state_dict(), **ema},
         inputs={
@@ -69,6 +78,21 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         },
         about={"layout": layout_of(module).as_json()},
     )
+
+
+def _check_made_alike(stored: StoredLatents, recipe: DiffusionRecipe) -> None:
+    """Raises a `UserError` that names the first key by which the recipe would make other latents than are stored."""
+    now = made_with(recipe.autoencoder, recipe.root, recipe.data.image_size)
+    for key in sorted({*now, *stored.made_with}):
+        if now.get(key) != stored.made_with.get(key):
+            raise UserError(
+                f"{key}: the latents of {recipe.data.source} were made with another one; encode them again, or name "
+                "what they were made with"
+            )
+    if recipe.data.flip and not stored.mirrored:
+        raise UserError(
+            f"data.flip: {recipe.data.source} has no latents of mirrored images; encode them with data.flip"
+        )
 
 
 def _starting_model(recipe: DiffusionRecipe, latent_shape: tuple[int, int, int], num_classes: int) -> DiffusionModel:

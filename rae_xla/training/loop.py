@@ -14,7 +14,7 @@ from rae_xla import __version__, storage
 from rae_xla.data.loader import training_batches
 from rae_xla.data.prefetch import Prefetched
 from rae_xla.data.sources import ImageSet, ShardedImages
-from rae_xla.errors import SourceError, StoppedError
+from rae_xla.errors import SourceError, StoppedError, first_line
 from rae_xla.models.functional import Tensors, by_module_names
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
@@ -83,12 +83,26 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     )
     profiler = StepProfiler(recipe.profile, run_dir, runtime)
 
+    saved = start
+
     def save(step: int) -> None:
+        nonlocal saved
         log.flush()
         with log.timed("checkpoint"):
             on_host = state_by_names(task.module, runtime.to_host(state))
             if runtime.process_index == 0:
                 checkpoint.save(directory, step, on_host, recipe.checkpoint.keep)
+        saved = step
+
+    def stopped(error: SourceError, step: int) -> StoppedError:
+        try:
+            if step > saved:
+                save(step)
+        # The bucket that images come from may be the one that checkpoints go to.
+        except Exception as failure:
+            return StoppedError(f"{error}; step {step} could not be saved ({first_line(failure)}), step {saved} is")
+        where = f"saved at step {saved}" if saved else "nothing was trained yet"
+        return StoppedError(f"{error}; {where}, the same command goes on from there")
 
     with Prefetched(batches.from_step(start), runtime.place_batch) as arriving:
         for step in range(start + 1, task.num_steps + 1):
@@ -97,9 +111,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
                 with log.timed("input"):
                     batch, counts = next(arriving)
             except SourceError as error:
-                if step - 1 > start:
-                    save(step - 1)
-                raise StoppedError(f"{error}; saved at step {step - 1}, the same command goes on from there") from error
+                raise stopped(error, step - 1) from error
             with log.timed("host"):
                 state, metrics = update(state, frozen, batch)
             log.count(counts)

@@ -2,11 +2,11 @@
 
 Values stay on the device until a later step has been started, so reading them never makes the devices wait.
 
-A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` making the
-batch and sending it off, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms``
-saving, out of ``step_ms``. A run that hardly waits for its devices is held up by its host or its input. The first line
-holds the compilation. ``input_retries_*`` and ``input_unreadable`` count requests that were tried again and images that
-could not be decoded, on this host since the run was started.
+A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` waiting
+for the batch, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms`` saving, out
+of ``step_ms``. A run that hardly waits for its devices is held up by its host or its input. The first line holds the
+compilation. ``input_retries_*`` and ``input_unreadable`` count requests that were tried again and images that could not
+be decoded, on the first host since the run was started.
 """
 
 from __future__ import annotations
