@@ -8,10 +8,14 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import photos
 import pytest
+from faulty_bucket import BUCKET, FaultyProxy, faulty_bucket
 
+from rae_xla import storage
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 
@@ -70,3 +74,23 @@ def one_device_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run_python("tests/short_quickstart.py", str(root), CPU_NUM_DEVICES="1", PJRT_DEVICE="CPU")
     assert done.returncode == 0, done.stderr[-4000:]
     return root
+
+
+@pytest.fixture(scope="session")
+def rows() -> photos.Rows:
+    """A hundred JPEG images of 80x60 and their labels."""
+    return photos.samples(100)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, rows: photos.Rows) -> Iterator[FaultyProxy]:
+    """``gs://images/set/manifest.json``, of four shards."""
+    with faulty_bucket(monkeypatch) as proxy:
+        for shard in range(4):
+            content = photos.parquet(rows[25 * shard : 25 * (shard + 1)], 5)
+            storage.write_bytes(f"gs://{BUCKET}/set/train-{shard}.parquet", content)
+        code, _, errors = run_tool(
+            "prepare_data", f"gs://{BUCKET}/set/*.parquet", "--out", f"gs://{BUCKET}/set/manifest.json"
+        )
+        assert code == 0, errors
+        yield proxy

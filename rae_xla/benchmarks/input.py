@@ -58,9 +58,9 @@ def input_speed(num_images: int, num_workers: int) -> dict[str, Any]:
             theirs.append(_rate(_their_batches(root / "folder", num_workers), num_images))
         startup = _startup_seconds(root / "many")
     differences = [
-        np.abs(_cropped(image, "fast").astype(int) - _released_crop(decoded(image), IMAGE_SIZE)) for image in images
+        np.abs(_cropped(image, "fast").astype(int) - released_crop(decoded(image), IMAGE_SIZE)) for image in images
     ]
-    exact = all((_cropped(image, "exact") == _released_crop(decoded(image), IMAGE_SIZE)).all() for image in images)
+    exact = all((_cropped(image, "exact") == released_crop(decoded(image), IMAGE_SIZE)).all() for image in images)
     return {
         "images_per_second_per_core": max(ours) / num_workers,
         "torchvision_images_per_second_per_core": max(theirs) / num_workers,
@@ -142,10 +142,10 @@ def _their_batches(folder: Path, num_workers: int) -> Iterator[Any]:
 
 class _ReleasedCrop:
     def __call__(self, image: Image.Image) -> Image.Image:
-        return Image.fromarray(_released_crop(image, IMAGE_SIZE))
+        return Image.fromarray(released_crop(image, IMAGE_SIZE))
 
 
-def _released_crop(image: Image.Image, size: int) -> np.ndarray:
+def released_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's centre crop (arXiv 2105.05233), as the releases prepare images for a diffusion model."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

@@ -50,8 +50,6 @@ def decoded(file: Any) -> Image.Image:
             return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError("no image of a known kind") from error
-    except FileNotFoundError:
-        raise
     # Damaged bytes stop Pillow's readers anywhere, with any exception.
     except Exception as error:
         raise ValueError(first_line(error)) from error

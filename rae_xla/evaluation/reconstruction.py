@@ -83,7 +83,7 @@ def read_image(path: str) -> Image.Image:
     """
     try:
         return decoded(path)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
 
 
