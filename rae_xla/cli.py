@@ -43,7 +43,10 @@ def add_recipe_arguments(made: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.ArgumentParser) -> None:
-    """Parse, run, write ``--json``, exit: 0, or 2 with one line on stderr for a user's mistake, 1 for anything else."""
+    """Parse, run, write ``--json``, exit: 0, or with one line on stderr 2 for a user's mistake, 1 for anything else.
+
+    A run that was told to stop and has saved itself exits with 75, see `rae_xla.errors.PreemptedError`.
+    """
     # Options may stand between the overrides.
     arguments = made.parse_intermixed_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -62,5 +65,5 @@ def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.Arg
         sys.exit(1)
     except (StoppedError, UserError) as error:
         print(f"{made.prog}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(error.exit_code)
     sys.exit(0)

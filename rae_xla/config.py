@@ -20,7 +20,14 @@ from rae_xla.errors import UserError
 class Config(BaseModel):
     """A frozen, keyword-only, strictly typed object; unknown keys fail."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        serialize_by_alias=True,
+    )
 
 
 class NamedSizes(Config):

@@ -12,8 +12,12 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from rae_xla.precision import Precision, compute_dtype, effective_precision
-from rae_xla.runtime import CountedProgram, ScanBody, Tree
+from rae_xla.runtime import CountedProgram, Parts, ScanBody, Tree
 from rae_xla.sharding import MeshConfig, Sharding
+
+
+def _whole(tensor: Tensor) -> Parts:
+    return Parts(tuple(tensor.shape), tensor.dtype, {(0,) * tensor.ndim: tensor})
 
 
 class EagerRuntime:
@@ -44,6 +48,19 @@ class EagerRuntime:
         """See `Runtime`. Copies, so that the host's tensors stay as they are."""
         self.sharding.check_rules(state.get("parameters", {}))
         return self.place_frozen(state)
+
+    def parts_of(self, state: Tree) -> Tree:
+        """See `Runtime`. On a CPU not copied: no step changes a tensor in place."""
+        return tree_map_only(Tensor, lambda tensor: _whole(tensor.detach().cpu()), state)
+
+    def parts_wanted(self, state: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map_only(Tensor, lambda tensor: _whole(torch.empty_like(tensor, device="cpu")), state)
+
+    def with_parts(self, state: Tree, parts: Tree) -> Tree:
+        """See `Runtime`."""
+        values = tree_map_only(Parts, lambda tensor: tensor.parts[(0,) * len(tensor.shape)], parts)
+        return tree_map(lambda _, value: value.to(self._device), state, values)
 
     def place_frozen(self, tree: Tree) -> Tree:
         """See `Runtime`."""

@@ -26,6 +26,8 @@ from rae_xla.training.checkpoint import CheckpointConfig
 from rae_xla.training.metrics import LogConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.profile import ProfileConfig
+from rae_xla.training.recovery import RecoveryConfig
+from rae_xla.training.same_run import ResumeConfig
 
 
 class CommonRecipe(Config):
@@ -67,6 +69,8 @@ class TrainingRecipe(RunRecipe):
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
     checkpoint: CheckpointConfig
+    recovery: RecoveryConfig = RecoveryConfig()
+    resume: ResumeConfig = ResumeConfig()
 
 
 def _classifier_kind(content: Any) -> str:

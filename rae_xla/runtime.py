@@ -20,6 +20,17 @@ from rae_xla.precision import Precision
 from rae_xla.sharding import MeshConfig, Sharding
 
 Tree = Any
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A tensor of ``shape``, of which a process has some parts on its host, by the offsets at which they begin."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: dict[tuple[int, ...], Tensor]
+
+
 ScanBody = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 """(carry, row, invariants) -> (carry, output)"""
 
@@ -55,6 +66,15 @@ class Runtime(Protocol):
         Raises:
             UserError: a sharding rule does not fit its parameters.
         """
+
+    def parts_of(self, state: Tree) -> Tree:
+        """A placed training state as `Parts` on the host, copied: each part on one process. Waits for them."""
+
+    def parts_wanted(self, state: Tree) -> Tree:
+        """Empty `Parts`, all that this process's devices have of a placed state, for `with_parts`."""
+
+    def with_parts(self, state: Tree, parts: Tree) -> Tree:
+        """The placed state with these values. ``state`` is consumed."""
 
     def place_frozen(self, tree: Tree) -> Tree:
         """Nested dicts of tensors that no step changes onto the devices, split by the automatic rule."""

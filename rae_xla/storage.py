@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import posixpath
 import uuid
 import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,28 @@ from fsspec.core import url_to_fs
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import load_file as load_safetensors
-from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
-from rae_xla.errors import UserError
+from rae_xla.errors import UserError, first_line
 
 # The key of a safetensors file's metadata that holds what is said about it.
 _ABOUT = "rae_xla"
+# As safetensors names them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Handed to a file at a time; an object store gets as many in one request.
+_PIECE_BYTES = 32 * 2**20
 
 
 def resolve(root: str, path: str) -> str:
@@ -81,12 +99,23 @@ def read_bytes(path: str) -> bytes:
         return bytes(file.read())
 
 
+def read_range(path: str, begin: int, end: int) -> bytes:
+    """Bytes ``begin`` up to ``end``, or as many as there are. Raises FileNotFoundError if there is no such file."""
+    filesystem, inner = open_filesystem(path)
+    return bytes(filesystem.cat_file(inner, start=begin, end=end)) if begin < end else b""
+
+
 def read_json(path: str) -> Any:
     """The content of a JSON file."""
     return json.loads(read_bytes(path))
 
 
 def write_bytes(path: str, content: bytes) -> None:
+    """`write_pieces` of one piece."""
+    write_pieces(path, [content])
+
+
+def write_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a whole file; directories are made. An object store writes atomically; a disk gets a file and a rename.
 
     Raises:
@@ -96,20 +125,43 @@ def write_bytes(path: str, content: bytes) -> None:
     try:
         filesystem.makedirs(posixpath.dirname(inner), exist_ok=True)
         if _is_local(filesystem):
-            _write_aside(inner, content)
+            _write_aside(inner, pieces)
         else:
-            filesystem.pipe_file(inner, content)
+            _upload(filesystem, inner, pieces)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); give another path") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror or first_line(error)}); give another path") from error
 
 
-def _write_aside(path: str, content: bytes) -> None:
+def _write_aside(path: str, pieces: Iterable[bytes | memoryview]) -> None:
     aside = f"{path}.{uuid.uuid4().hex[:8]}.partial"
     try:
-        Path(aside).write_bytes(content)
+        with Path(aside).open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            # A file that has its name has its content, whatever happens to the machine.
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(aside, path)
     finally:
         Path(aside).unlink(missing_ok=True)
+
+
+def _upload(filesystem: Any, path: str, pieces: Iterable[bytes | memoryview]) -> None:
+    pieces = iter(pieces)
+    first = next(pieces, b"")
+    second = next(pieces, None)
+    if second is None:
+        return filesystem.pipe_file(path, bytes(first))
+    file = filesystem.open(path, "wb", block_size=_PIECE_BYTES)
+    try:
+        for piece in chain((first, second), pieces):
+            file.write(piece)
+        file.close()
+    except BaseException:
+        # Or it would be closed, and so be there, when it is forgotten.
+        file.closed = True
+        file.discard()
+        raise
 
 
 def content_hash(path: str) -> str:
@@ -184,10 +236,48 @@ def _is_local(filesystem: Any) -> bool:
     return "file" in filesystem.protocol
 
 
-def write_tensors(path: str, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
-    """A safetensors file; ``about`` goes into its metadata as JSON.
+def write_tensors(path: str, tensors: Mapping[str, Tensor], about: dict[str, Any] | None = None) -> None:
+    """A safetensors file; ``about`` goes into its metadata as JSON."""
+    described = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    stream_tensors(path, described, (tensors[name] for name in in_file_order(described)), about)
 
-    One metadata key only: safetensors writes several in random order, and equal content should be equal bytes.
+
+def in_file_order(described: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> list[str]:
+    """Names as `stream_tensors` wants their values: largest types first, so that all can be mapped."""
+    return sorted(described, key=lambda name: -described[name][0].itemsize)
+
+
+def stream_tensors(
+    path: str,
+    described: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    values: Iterable[Tensor],
+    about: dict[str, Any] | None = None,
+) -> list[int]:
+    """A safetensors file of tensors that are made one after the other, `in_file_order`. Returns where each begins.
+
+    Equal content is equal bytes.
     """
-    metadata = None if about is None else {_ABOUT: json.dumps(about)}
-    write_bytes(path, format_safetensors({k: v.contiguous() for k, v in tensors.items()}, metadata=metadata))
+    header: dict[str, Any] = {} if about is None else {"__metadata__": {_ABOUT: json.dumps(about)}}
+    begins, end = [], 0
+    for name in in_file_order(described):
+        dtype, shape = described[name]
+        begins.append(end)
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begins[-1], end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    head = len(content).to_bytes(8, "little") + content
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield head
+        for tensor in values:
+            data = bytes_of(tensor)
+            yield from (data[begin : begin + _PIECE_BYTES] for begin in range(0, len(data), _PIECE_BYTES))
+
+    write_pieces(path, pieces())
+    return [len(head) + begin for begin in begins]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A host tensor's values as they lie in a file."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -14,6 +14,7 @@ import mesh_cases
 import photos
 import torch
 import torch_xla
+from torch.utils._pytree import tree_leaves
 
 from rae_xla.data.prefetch import Prefetched
 from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig, open_source
@@ -21,11 +22,13 @@ from rae_xla.data.stream import StreamedBatches
 from rae_xla.models.functional import buffers_of
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime, create
-from rae_xla.training import checkpoint
+from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress, step_directory
 from rae_xla.training.optimizer import OptimizerConfig
+from rae_xla.training.stored_parts import StoredIndex
 from rae_xla.training.tasks import train
-from rae_xla.training.update import initial_state, make_update, packed_state, state_by_names
+from rae_xla.training.update import initial_state, make_update
 
 ON_THE_MESH = ["mesh.fsdp=2", "checkpoint.every_steps=7", "log.every_steps=1", "train.schedule=constant"]
 
@@ -34,7 +37,7 @@ def trained(runtime: Runtime, root: Path, num_steps: int) -> bytes:
     overrides = [*ON_THE_MESH, f"root={root}", f"train.num_epochs={num_steps * 64 / 1437}"]
     report = train(load_recipe("recipes/quickstart/judge.yaml", overrides), runtime)
     assert report["steps"] == num_steps, report
-    return (root / "judge" / "checkpoints" / f"step_{num_steps:08d}" / "state.safetensors").read_bytes()
+    return (root / "judge" / "checkpoints" / f"step_{num_steps:08d}" / "part_00000_000.safetensors").read_bytes()
 
 
 def diffusion_resumes(runtime: Runtime, directory: str) -> bool:
@@ -47,21 +50,29 @@ def diffusion_resumes(runtime: Runtime, directory: str) -> bool:
     frozen = runtime.place_frozen({"buffers": buffers_of(module)})
 
     def state_after(state: dict, steps: range) -> dict:
-        state = runtime.place_state(packed_state(state))
         for index in steps:
             state, _ = step(state, frozen, runtime.place_batch(mesh_cases.batch(index)))
-        return state_by_names(module, runtime.to_host(state))
+        return state
 
-    start = state_by_names(module, initial_state(module))
-    whole = state_after(start, range(10))
-    checkpoint.save(directory, 7, state_after(start, range(7)), keep=1)
-    resumed = state_after(checkpoint.load(directory, 7, start), range(7, 10))
-    return all(
-        torch.equal(value, resumed[part][name])
-        for part, tensors in whole.items()
-        if isinstance(tensors, dict)
-        for name, value in tensors.items()
-    )
+    def start() -> dict:
+        return runtime.place_state(initial_state(module))
+
+    whole = runtime.to_host(state_after(start(), range(10)))
+    checkpoints = Checkpoints(directory, CheckpointConfig(every_steps=1), runtime, {}, {})
+    checkpoints.save(Progress(7), state_after(start(), range(7)))
+    checkpoints.wait()
+    state, progress = checkpoints.restore(StoredIndex(step_directory(directory, 7)), start())
+    resumed = runtime.to_host(state_after(state, range(7, 10)))
+    return progress == Progress(7) and all(map(torch.equal, tree_leaves(whole), tree_leaves(resumed)))
+
+
+def checkpoint_on_all_meshes(runtime: Runtime, directory: Path) -> bool:
+    """Writes a state that lies in eight parts, and itself beside; whether it is read as one that every device has."""
+    state = runtime.place_state(mesh_cases.numbered_state())
+    checkpoints = Checkpoints(str(directory), CheckpointConfig(every_steps=1), runtime, {}, {})
+    checkpoints.save(Progress(3), state)
+    checkpoints.wait()
+    return mesh_cases.restored_everywhere(runtime, step_directory(str(directory), 3))
 
 
 def streamed_batch_lies_in_parts(runtime: Runtime, directory: Path) -> bool:
@@ -110,6 +121,7 @@ if __name__ == "__main__":
         "num_devices": runtime.num_devices,
         "resumed_is_whole": resumed == whole,
         "diffusion_resumes": diffusion_resumes(runtime, str(directory / "diffusion")),
+        "restores": checkpoint_on_all_meshes(create("xla", MeshConfig(fsdp=8), "fp32"), directory / "mesh_of_8"),
         "streamed_in_parts": streamed_batch_lies_in_parts(runtime, directory / "shards"),
         "complaint": complaint_about_sharding(runtime),
     }

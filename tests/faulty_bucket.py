@@ -17,6 +17,7 @@ from gcp_storage_emulator.server import create_server
 
 BUCKET = "images"
 FAULTS = ("throttled", "server", "connection", "timeout", "short_read")
+STATUSES = {"throttled": 429, "server": 503, "forbidden": 403}
 # Longer than the test's recipes wait for an answer.
 STALL_SECONDS = 3.0
 
@@ -24,12 +25,14 @@ STALL_SECONDS = 3.0
 class FaultyProxy:
     """Hands requests on to ``target``, and of reads a ``rate`` of each of `FAULTS` in place of an answer.
 
-    ``away``: nothing is answered but errors. ``injected`` counts what was done.
+    ``away``: nothing is answered but errors; ``refuses``: objects with this in their names may not be written.
+    ``injected`` counts what was done.
     """
 
     def __init__(self, target: int) -> None:
         self.rate = 0.0
         self.away = False
+        self.refuses: str | None = None
         self.injected: Counter[str] = Counter()
         self._random = random.Random(0)
         proxy = self
@@ -48,13 +51,15 @@ class FaultyProxy:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length) if length else None
                 fault = proxy._fault(self.command, self.path)
+                if body and proxy.refuses and proxy.refuses.encode() in body:
+                    fault = "forbidden"
                 if fault == "connection":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                     self.connection.close()
                     self.close_connection = True
                     return
-                if fault in ("throttled", "server"):
-                    status, headers, content = (429 if fault == "throttled" else 503), [], b"injected"
+                if fault in STATUSES:
+                    status, headers, content = STATUSES[fault], [], b"injected"
                 else:
                     if fault == "timeout":
                         time.sleep(STALL_SECONDS)

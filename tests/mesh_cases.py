@@ -1,6 +1,7 @@
 """Ten updates of a small DiT^DH, every way to compute them that is asked for: ``python tests/mesh_cases.py OUT``.
 
-On as many devices as ``CPU_NUM_DEVICES`` says; OUT.pt holds losses and parameters of each case.
+On as many devices as ``CPU_NUM_DEVICES`` says; OUT.pt holds losses and parameters of each case. With a second argument,
+a checkpoint, only that is read, and the exit status says whether it is what was written.
 """
 
 from __future__ import annotations
@@ -10,16 +11,19 @@ import sys
 from dataclasses import asdict, dataclass
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rae_xla.flow.objective import flow_matching_loss, interpolate
 from rae_xla.models.dit_dh import DiTDH, DiTDHConfig
 from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.random import Purpose, normal, uniform
-from rae_xla.runtime import create
+from rae_xla.runtime import Runtime, create
 from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress
 from rae_xla.training.optimizer import OptimizerConfig
+from rae_xla.training.stored_parts import StoredIndex
 from rae_xla.training.update import initial_state, make_update
 
 NUM_STEPS, BATCH_SIZE, LATENT_SHAPE = 10, 16, (8, 2, 2)
@@ -93,7 +97,33 @@ def run(case: Case, where: str) -> dict:
     return {"losses": losses, "state": runtime.to_host(state)}
 
 
+def numbered_state() -> dict:
+    """A training state whose every number is another."""
+    state = initial_state(small_model())
+    count = 0
+    for number, tensor in enumerate(tree_leaves(state)):
+        tensor.copy_(torch.arange(count, count + tensor.numel()).reshape(tensor.shape) + number)
+        count += tensor.numel()
+    return state
+
+
+def restored_everywhere(runtime: Runtime, directory: str) -> bool:
+    """Whether a checkpoint of `numbered_state` is read as it is, whole on each of these devices and split over them."""
+    expected = numbered_state()
+    for fsdp in {1, runtime.num_devices}:
+        mesh = create("xla", MeshConfig(fsdp=fsdp), "fp32")
+        checkpoints = Checkpoints("unused", CheckpointConfig(every_steps=1), mesh, {}, {})
+        empty = tree_map(torch.zeros_like, expected)
+        state, progress = checkpoints.restore(StoredIndex(directory), mesh.place_state(empty))
+        equal = map(torch.equal, tree_leaves(mesh.to_host(state)), tree_leaves(expected))
+        if progress != Progress(3) or not all(equal):
+            return False
+    return True
+
+
 if __name__ == "__main__":
     runtime = create("xla", MeshConfig(), "fp32")
+    if len(sys.argv) > 2:
+        sys.exit(0 if restored_everywhere(runtime, sys.argv[2]) else 1)
     results = {json.dumps(asdict(case)): run(case, "xla") for case in CASES[runtime.num_devices]}
     torch.save(results, sys.argv[1])

@@ -17,6 +17,7 @@ from rae_xla.models.loading import initialised
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import AutoencoderRecipe, LatentNoiseConfig
 from rae_xla.runtime import Runtime
+from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.update import initial_state, make_update
@@ -51,6 +52,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
+        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
         export=lambda ema: {name.removeprefix("decoder."): value for name, value in ema.items()},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

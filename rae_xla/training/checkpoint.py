@@ -1,64 +1,195 @@
-"""Training state in ``RUN/checkpoints/step_00001000/``: ``state.safetensors``, then ``complete.json`` written last.
+"""A run's checkpoints: ``RUN/checkpoints/step_00001000/``, see `rae_xla.training.stored_parts` for what is in one.
 
-A step without ``complete.json`` does not exist. The whole state passes through process 0's memory.
+A checkpoint holds the state by the names that it has on the devices, the same for blocks one by one and scanned, and
+in its index all that a run needs to go on: how far it is, its recipe, hashes of its inputs. Random numbers and the
+order of images are functions of seed and position, so there is no more to them than the step.
 """
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from pydantic import Field
-from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from rae_xla import storage
 from rae_xla.config import Config
-from rae_xla.errors import UserError
+from rae_xla.errors import StoppedError, UserError, first_line
+from rae_xla.models.functional import Tensors
+from rae_xla.runtime import Parts, Runtime, Tree
+from rae_xla.training.stored_parts import (
+    MARKER_FILE,
+    DamagedError,
+    StoredIndex,
+    read_parts,
+    remove_step,
+    write_parts,
+)
 
-STATE_FILE = "state.safetensors"
-MARKER_FILE = "complete.json"
+logger = logging.getLogger(__name__)
+
+# In a run's directory.
+CHECKPOINTS = "checkpoints"
+# What belongs to the model and is not trained; stored for the export.
+CONSTANTS = "constants"
 
 
 class CheckpointConfig(Config):
-    """Save every so many steps and at the end; the newest ``keep`` stay."""
+    """Save every so many steps and at the end; the newest ``keep`` stay, and steps that ``keep_every_steps`` divides.
+
+    ``asynchronous``: training goes on as soon as the state is copied to the host, while it is written.
+    """
 
     every_steps: int = Field(gt=0)
     keep: int = Field(default=2, gt=0)
+    keep_every_steps: int | None = Field(default=None, gt=0)
+    asynchronous: bool = True
 
 
-def save(directory: str, step: int, state: Any, keep: int) -> None:
-    """Write ``state`` (on the host) as this step, then drop what is older than the newest ``keep``."""
-    target = storage.join(directory, f"step_{step:08d}")
-    leaves, _ = tree_flatten_with_path(state)
-    storage.write_tensors(storage.join(target, STATE_FILE), {_name(path): leaf for path, leaf in leaves})
-    storage.write_json(storage.join(target, MARKER_FILE), {"step": step})
-    for old in complete_steps(directory)[:-keep]:
-        storage.remove(storage.join(directory, f"step_{old:08d}"))
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is. Step ``s`` takes batch ``s + batches_passed_over``."""
+
+    step: int
+    batches_passed_over: int = 0
+    rollbacks: int = 0
 
 
-def load(directory: str, step: int, like: Any) -> Any:
-    """The state of this step, shaped like ``like``.
+class Checkpoints:
+    """Those of one run. ``about``: what else an index is to hold; ``constants``: see `CONSTANTS`."""
 
-    Raises:
-        UserError: a tensor is missing, unexpected, or of another shape: the checkpoint is of another model.
-    """
-    path = storage.join(directory, f"step_{step:08d}", STATE_FILE)
-    found = storage.read_tensors(path, "checkpoint")
-    leaves, spec = tree_flatten_with_path(like)
-    wanted: dict[str, torch.Tensor] = {_name(path): leaf for path, leaf in leaves}
-    different = sorted(set(wanted) ^ set(found)) or [n for n, t in wanted.items() if found[n].shape != t.shape]
-    if different:
-        shown = f"{different[0]} and {len(different) - 1} more" if len(different) > 1 else different[0]
-        raise UserError(f"{path} is of another model ({shown} differ); give the run another run_dir")
-    return tree_unflatten([found[name] for name in wanted], spec)
+    def __init__(
+        self, directory: str, config: CheckpointConfig, runtime: Runtime, about: Mapping[str, Any], constants: Tensors
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._runtime = runtime
+        self._about = about
+        self._constants = constants
+        self._group = dist.new_group(backend="gloo") if runtime.num_processes > 1 else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        self.newest: int | None = None
+        """The last step that was saved or restored."""
+
+    def restore(self, found: StoredIndex, state: Tree) -> tuple[Tree, Progress]:
+        """The state of a checkpoint, laid out as the placed ``state``, which is consumed.
+
+        Raises:
+            UserError: it is of another model.
+            DamagedError: it is not as it was written. ``state`` is as it was.
+        """
+        wanted = self._runtime.parts_wanted(state)
+        by_name = _by_name(wanted)
+        stored = {name for name in found.shapes if not name.startswith(f"{CONSTANTS}/")}
+        different = sorted(stored ^ by_name.keys()) or [n for n, t in by_name.items() if found.shapes[n] != t.shape]
+        if different:
+            shown = f"{different[0]} and {len(different) - 1} more" if len(different) > 1 else different[0]
+            raise UserError(f"{found.directory} is of another model ({shown} differ); give the run another run_dir")
+        read_parts(found, by_name, self._group)
+        progress = Progress(**found.about["progress"])
+        self.newest = progress.step
+        return self._runtime.with_parts(state, wanted), progress
+
+    def save(self, progress: Progress, state: Tree) -> None:
+        """Copy the placed state to the host and write it, after the one before is written.
+
+        Raises:
+            StoppedError: that could not be.
+        """
+        self.wait()
+        parts = _by_name(self._runtime.parts_of(state))
+        if self._runtime.process_index == 0:
+            whole = {n: Parts(tuple(t.shape), t.dtype, {(0,) * t.ndim: t}) for n, t in self._constants.items()}
+            parts |= _by_name({CONSTANTS: whole})
+        self._writing = self._thread.submit(self._write, progress, parts)
+        if not self._config.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what is being written is there. Raises as `save` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, progress: Progress, parts: Mapping[str, Parts]) -> None:
+        try:
+            about = {**self._about, "progress": asdict(progress)}
+            write_parts(step_directory(self._directory, progress.step), parts, about, self._group)
+        # A disk, a bucket and the libraries between may raise anything.
+        except Exception as error:
+            kept = "nothing is saved" if self.newest is None else f"step {self.newest} is"
+            raise StoppedError(
+                f"step {progress.step} could not be saved ({first_line(error)}), {kept}; the same command goes on from "
+                "there"
+            ) from error
+        self.newest = progress.step
+        if self._runtime.process_index == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        always = self._config.keep_every_steps
+        for step in complete_steps(self._directory)[: -self._config.keep]:
+            if always is None or step % always:
+                remove_step(step_directory(self._directory, step))
+
+
+def step_directory(directory: str, step: int) -> str:
+    """Of this step's checkpoint."""
+    return storage.join(directory, f"step_{step:08d}")
 
 
 def complete_steps(directory: str) -> list[int]:
     """Steps with a marker, oldest first."""
+    return [step for step, complete in _steps(directory).items() if complete]
+
+
+def remove_incomplete(directory: str) -> None:
+    """Remove what writes that did not come to their end have left."""
+    for step, complete in _steps(directory).items():
+        if not complete:
+            logger.info("checkpoint: step %d was not written to its end and is removed", step)
+            storage.remove(step_directory(directory, step))
+
+
+def checkpoints_at(path: str) -> Iterator[StoredIndex]:
+    """The checkpoints of a directory of them, newest first, or the one that ``path`` is. Damaged ones are told.
+
+    Raises:
+        UserError: there are some, and none of them can be read.
+    """
+    steps = complete_steps(path)
+    places = [step_directory(path, step) for step in reversed(steps)]
+    if not steps and storage.exists(storage.join(path, MARKER_FILE)):
+        places = [path]
+    for place in places:
+        try:
+            yield StoredIndex(place)
+        except DamagedError as error:
+            tell_damaged(error)
+    if places:
+        raise UserError(f"{path}: none of its checkpoints can be read; restore one, or remove them to begin anew")
+
+
+def tell_damaged(error: DamagedError) -> None:
+    """A line in the log."""
+    logger.warning("checkpoint: %s; trying the one before", error)
+
+
+def _steps(directory: str) -> dict[int, bool]:
+    """Whether each step is complete, oldest first."""
     steps = [int(match[1]) for name in storage.list_names(directory) if (match := re.fullmatch(r"step_(\d+)", name))]
-    return sorted(s for s in steps if storage.exists(storage.join(directory, f"step_{s:08d}", MARKER_FILE)))
+    return {step: storage.exists(storage.join(step_directory(directory, step), MARKER_FILE)) for step in sorted(steps)}
 
 
-def _name(path: Any) -> str:
-    return "/".join(str(entry.key) for entry in path)
+def _by_name(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Parts]:
+    """Leaves of nested dicts by their path."""
+    flat: dict[str, Parts] = {}
+    for key, value in tree.items():
+        flat |= {prefix + key: value} if isinstance(value, Parts) else _by_name(value, f"{prefix}{key}/")
+    return flat

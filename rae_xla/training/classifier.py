@@ -11,10 +11,11 @@ from torch.nn import functional
 from rae_xla.data.sources import open_images
 from rae_xla.data.transforms import to_unit
 from rae_xla.models.classifier import ConvNet, EncoderClassifier, create_classifier
-from rae_xla.models.functional import Tensors, buffers_of
+from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import ClassifierRecipe
 from rae_xla.runtime import Runtime
+from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.update import initial_state, make_update
@@ -37,11 +38,11 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         value = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
         return value, {"accuracy": (logits.argmax(dim=1) == labels).float().mean()}
 
-    def export(ema: Tensors) -> Tensors:
+    def export(ema: Any) -> dict[str, Any]:
         if isinstance(module, EncoderClassifier):
             prefix = "encoder."
             return {name.removeprefix(prefix): value for name, value in ema.items() if name.startswith(prefix)}
-        return ema
+        return dict(ema)
 
     return TrainingTask(
         name="encoder" if isinstance(module, EncoderClassifier) else "judge",
@@ -51,5 +52,6 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
         update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
+        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
         export=export,
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -14,19 +16,24 @@ from rae_xla import __version__, storage
 from rae_xla.data.loader import training_batches
 from rae_xla.data.prefetch import Prefetched
 from rae_xla.data.sources import ImageSet, ShardedImages
-from rae_xla.errors import SourceError, StoppedError, first_line
-from rae_xla.models.functional import Tensors, by_module_names
-from rae_xla.recipe import TrainingRecipe
+from rae_xla.errors import PreemptedError, SourceError, StoppedError, UserError, first_line
+from rae_xla.recipe import TrainingRecipe, save_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
+from rae_xla.training.checkpoint import CHECKPOINTS, Checkpoints, Progress
+from rae_xla.training.diagnosis import first_not_finite
+from rae_xla.training.export import described_weights, export_weights
 from rae_xla.training.metrics import MetricsLog
 from rae_xla.training.profile import StepProfiler
-from rae_xla.training.same_run import begin_run, check_same_run, described
-from rae_xla.training.update import packed_state, state_by_names
+from rae_xla.training.recovery import Agreement, BadSteps, Interruption, Watchdog
+from rae_xla.training.same_run import check_same_run, described
+from rae_xla.training.stored_parts import DamagedError, StoredIndex
+from rae_xla.training.update import IN_ROW, StepFunction
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
+METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +47,11 @@ class TrainingTask:
     """The architecture of what is trained."""
     state: dict[str, Any]
     frozen: dict[str, Any]
-    update: Callable[[Any, Any, Any], tuple[Any, Any]]
-    export: Callable[[Tensors], Tensors]
-    """From the averaged weights by their names in the module, on the host, to what the file of weights holds."""
+    update: StepFunction
+    diagnosis: StepFunction
+    """See `rae_xla.training.diagnosis`."""
+    export: Callable[[Any], dict[str, Any]]
+    """From averaged weights by their names in the module to what the file of weights holds; it reads no values."""
     inputs: dict[str, str] = field(default_factory=dict)
     """Files that decide the result besides the recipe: recipe key to path."""
     about: dict[str, Any] = field(default_factory=dict)
@@ -50,93 +59,230 @@ class TrainingTask:
 
 
 def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
-    """Train to the end, from the newest complete checkpoint if there is one. Returns the report of the run."""
+    """Train to the end, from the newest complete checkpoint if there is one. Returns the report of the run.
+
+    Raises:
+        UserError: a checkpoint is of another run; nothing was written.
+        StoppedError: images do not come, checkpoints cannot be written, or updates are not finite whatever is tried;
+            what could be saved is.
+        PreemptedError: the machine goes away, and all is saved.
+    """
     started = time.perf_counter()
-    run_dir = recipe.path(recipe.run_dir)
-    directory = storage.join(run_dir, "checkpoints")
-    done = checkpoint.complete_steps(directory)
-    sources = {"data.source": task.images.path} if isinstance(task.images, ShardedImages) else {}
-    start, state, inputs = 0, task.state, described({**task.inputs, **sources})
-    if done:
-        check_same_run(recipe, inputs, run_dir)
-        start = done[-1]
-        state = packed_state(checkpoint.load(directory, start, state_by_names(task.module, task.state)))
-        if start >= task.num_steps and storage.exists(storage.join(run_dir, REPORT_FILE)):
-            logger.info("%s: already trained to step %d in %s", task.name, start, run_dir)
-            return storage.read_json(storage.join(run_dir, REPORT_FILE))
-        logger.info("%s: resuming from step %d", task.name, start)
-    # Before anything is written: a sharding rule may not fit.
-    state, frozen = runtime.place_state(state), runtime.place_frozen(task.frozen)
-    logger.info("%s: %s", task.name, ", ".join(f"{key} {value}" for key, value in runtime.describe().items()))
-    if runtime.process_index == 0:
-        begin_run(recipe, inputs, run_dir)
-    update = runtime.compile(task.update, task.name)
-    batches = training_batches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
-    log = MetricsLog(
-        storage.join(run_dir, "metrics.jsonl"),
-        runtime,
-        name=task.name,
-        start=start,
-        num_steps=task.num_steps,
-        batch_size=recipe.data.batch_size,
-        every_steps=recipe.log.every_steps,
-    )
-    profiler = StepProfiler(recipe.profile, run_dir, runtime)
-
-    saved = start
-
-    def save(step: int) -> None:
-        nonlocal saved
-        log.flush()
-        with log.timed("checkpoint"):
-            on_host = state_by_names(task.module, runtime.to_host(state))
-            if runtime.process_index == 0:
-                checkpoint.save(directory, step, on_host, recipe.checkpoint.keep)
-        saved = step
-
-    def stopped(error: SourceError, step: int) -> StoppedError:
-        try:
-            if step > saved:
-                save(step)
-        # The bucket that images come from may be the one that checkpoints go to.
-        except Exception as failure:
-            return StoppedError(f"{error}; step {step} could not be saved ({first_line(failure)}), step {saved} is")
-        where = f"saved at step {saved}" if saved else "nothing was trained yet"
-        return StoppedError(f"{error}; {where}, the same command goes on from there")
-
-    with Prefetched(batches.from_step(start), runtime.place_batch) as arriving:
-        for step in range(start + 1, task.num_steps + 1):
-            profiler.before(step)
-            try:
-                with log.timed("input"):
-                    batch, counts = next(arriving)
-            except SourceError as error:
-                raise stopped(error, step - 1) from error
-            with log.timed("host"):
-                state, metrics = update(state, frozen, batch)
-            log.count(counts)
-            log.add(step, metrics, update.wait_seconds)
-            profiler.after(step)
-            if step % recipe.checkpoint.every_steps == 0 or step == task.num_steps:
-                save(step)
-    profiler.close(task.num_steps)
-    log.close()
-
-    weights = task.export(by_module_names(task.module, runtime.to_host(state["ema"])))
+    run = _Run(task, recipe, runtime)
+    report_path = storage.join(run.directory, REPORT_FILE)
+    if run.is_finished() and storage.exists(report_path):
+        logger.info("%s: already trained to step %d in %s", task.name, task.num_steps, run.directory)
+        return dict(storage.read_json(report_path))
+    run.begin()
+    begun_at = run.progress.step
+    run.train()
     report = {
         "task": recipe.task,
         "name": task.name,
         "steps": task.num_steps,
         "images": task.num_steps * recipe.data.batch_size,
-        "last": log.last,
-        "parameters": sum(value.numel() for value in state["parameters"].values()),
-        "compile_seconds": update.compile_seconds,
-        "resumed_from_step": start,
+        "last": run.last_metrics,
+        "parameters": sum(value.numel() for value in task.state["parameters"].values()),
+        "compile_seconds": run.update.compile_seconds,
+        "resumed_from_step": begun_at,
+        "rollbacks": run.progress.rollbacks,
         "seconds": round(time.perf_counter() - started, 2),
         "runtime": runtime.describe(),
     }
     if runtime.process_index == 0:
-        about = {"task": task.name, "step": task.num_steps, "kind": "ema", "version": __version__, **task.about}
-        storage.write_tensors(recipe.path(recipe.weights_file), weights, about)
-        storage.write_json(storage.join(run_dir, REPORT_FILE), report)
+        path = recipe.path(recipe.weights_file)
+        export_weights(run.newest_checkpoint(), "ema", path)
+        storage.write_json(report_path, report)
+        logger.info("%s: averaged weights of step %d are in %s", task.name, task.num_steps, path)
     return report
+
+
+class _Run:
+    """A training under way: its state on the devices, and how far it is."""
+
+    def __init__(self, task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -> None:
+        self._task, self._recipe, self._runtime = task, recipe, runtime
+        self.directory = recipe.path(recipe.run_dir)
+        self._checkpoints_directory = storage.join(self.directory, CHECKPOINTS)
+        sources = {"data.source": task.images.path} if isinstance(task.images, ShardedImages) else {}
+        self._inputs = described({**task.inputs, **sources})
+        self.update = runtime.compile(task.update, task.name)
+        self._agreement = Agreement(runtime)
+        self.progress = Progress(0)
+        self.last_metrics: dict[str, float] = {}
+
+    def is_finished(self) -> bool:
+        """Whether the newest checkpoint is of the last step. Raises a `UserError` if it is of another run."""
+        newest = next(self._found(), None)
+        return newest is not None and newest.about["progress"]["step"] >= self._task.num_steps
+
+    def newest_checkpoint(self) -> StoredIndex:
+        """What was saved or restored last."""
+        assert self._checkpoints.newest is not None
+        return StoredIndex(checkpoint.step_directory(self._checkpoints_directory, self._checkpoints.newest))
+
+    def begin(self) -> None:
+        """Put the state on the devices, as a checkpoint has it if there is one."""
+        task, runtime = self._task, self._runtime
+        # Before anything is written: a sharding rule may not fit.
+        self._state, self._frozen = runtime.place_state(task.state), runtime.place_frozen(task.frozen)
+        weights, constants = described_weights(task.module, task.state["parameters"], task.export)
+        about = {
+            "recipe": self._recipe.model_dump(mode="json"),
+            "inputs": self._inputs,
+            "model": {"task": task.name, "version": __version__, **task.about},
+            "weights": weights,
+        }
+        self._checkpoints = Checkpoints(self._checkpoints_directory, self._recipe.checkpoint, runtime, about, constants)
+        self._restore(self._found())
+        if self.progress.step:
+            logger.info("%s: resuming from step %d", task.name, self.progress.step)
+        logger.info("%s: %s", task.name, ", ".join(f"{key} {value}" for key, value in runtime.describe().items()))
+        if runtime.process_index == 0:
+            checkpoint.remove_incomplete(self._checkpoints_directory)
+            save_recipe(self._recipe, self.directory)
+
+    def train(self) -> None:
+        """Step to the end, from further back if it must be."""
+        task, recipe, runtime = self._task, self._recipe, self._runtime
+        batches = training_batches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
+        profiler = StepProfiler(recipe.profile, self.directory, runtime)
+        watchdog = Watchdog(recipe.recovery.hung_minutes)
+        with ExitStack() as until_the_end:
+            until_the_end.callback(lambda: profiler.close(self.progress.step))
+            until_the_end.enter_context(watchdog)
+            interruption = until_the_end.enter_context(Interruption())
+            while True:
+                first_batch = self.progress.step + self.progress.batches_passed_over
+                with closing(self._metrics_log()) as log:
+                    with Prefetched(batches.from_step(first_batch), runtime.place_batch) as arriving:
+                        bad_batch = self._steps(arriving, log, profiler, watchdog, interruption)
+                    if bad_batch is None:
+                        self._checkpoints.wait()
+                        break
+                self._roll_back(bad_batch)
+        self.last_metrics = log.last
+
+    def _steps(
+        self,
+        arriving: Prefetched,
+        log: MetricsLog,
+        profiler: StepProfiler,
+        watchdog: Watchdog,
+        interruption: Interruption,
+    ) -> Any:
+        """Step until the last, or until too many updates in a row were not finite; gives the batch then."""
+        recipe, num_steps = self._recipe, self._task.num_steps
+        bad_steps = BadSteps(recipe.recovery.max_bad_steps, self._runtime)
+        is_due = False
+        for step in range(self.progress.step + 1, num_steps + 1):
+            profiler.before(step)
+            try:
+                with log.timed("input"):
+                    batch, counts = next(arriving)
+            except SourceError as error:
+                raise self._stopped(error, log) from error
+            with log.timed("host"):
+                self._state, metrics = self.update(self._state, self._frozen, batch)
+            self.progress = replace(self.progress, step=step)
+            log.count(counts)
+            log.add(step, metrics, self.update.wait_seconds)
+            profiler.after(step)
+            watchdog.step()
+            is_due |= step % recipe.checkpoint.every_steps == 0
+            leaves = self._agreement.on(interruption.reason is not None)
+            if is_due or leaves or step == num_steps:
+                is_due = not self._save(log)
+            if leaves and step < num_steps:
+                self._checkpoints.wait()
+                reason = interruption.reason or "another host goes away"
+                raise PreemptedError(f"{reason}: {self._where_saved()}, the same command goes on from there")
+            if bad_steps.found(step, metrics[IN_ROW]):
+                return batch
+        return None
+
+    def _save(self, log: MetricsLog) -> bool:
+        """Save this step, unless it is one of bad ones, which a run may have to go back behind; not so the last."""
+        log.flush()
+        with log.timed("checkpoint"):
+            if self.progress.step < self._task.num_steps and int(self._runtime.to_host(self._state[IN_ROW])):
+                return False
+            self._checkpoints.save(self.progress, self._state)
+        return True
+
+    def _restore(self, found: Iterator[StoredIndex]) -> bool:
+        """Whether there was one."""
+        for index in found:
+            try:
+                self._state, self.progress = self._checkpoints.restore(index, self._state)
+            except DamagedError as error:
+                checkpoint.tell_damaged(error)
+            else:
+                return True
+        return False
+
+    def _roll_back(self, batch: Any) -> None:
+        reached = self.progress
+        if reached.rollbacks >= self._recipe.recovery.max_rollbacks or not self._restore(
+            checkpoint.checkpoints_at(self._checkpoints_directory)
+        ):
+            raise self._not_finite(batch)
+        passed_over = reached.step + reached.batches_passed_over - self.progress.step
+        self.progress = replace(self.progress, batches_passed_over=passed_over, rollbacks=reached.rollbacks + 1)
+        logger.warning(
+            "%s: updates up to step %d were not finite; back to step %d, and on with the batches after them",
+            self._task.name, reached.step, self.progress.step,
+        )  # fmt: skip
+
+    def _not_finite(self, batch: Any) -> StoppedError:
+        diagnosis = self._runtime.compile(self._task.diagnosis, f"{self._task.name}_diagnosis")
+        first = first_not_finite(self._runtime.to_host(diagnosis(self._state, self._frozen, batch)[1]))
+        found = (
+            "all tensors of the last batch are finite" if first is None else f"the first tensor that is not: {first}"
+        )
+        return StoppedError(
+            f"updates up to step {self.progress.step} were not finite, after {self.progress.rollbacks} rollbacks; "
+            f"{found}; {self._where_saved()}"
+        )
+
+    def _stopped(self, error: SourceError, log: MetricsLog) -> StoppedError:
+        try:
+            if self.progress.step > (self._checkpoints.newest or 0):
+                self._save(log)
+            self._checkpoints.wait()
+        # The bucket that images come from may be the one that checkpoints go to.
+        except Exception as failure:
+            return StoppedError(f"{error}; {first_line(failure)}")
+        return StoppedError(f"{error}; {self._where_saved()}, the same command goes on from there")
+
+    def _where_saved(self) -> str:
+        newest = self._checkpoints.newest
+        return "nothing was saved yet" if newest is None else f"saved at step {newest}"
+
+    def _found(self) -> Iterator[StoredIndex]:
+        """Checkpoints to go on from, newest first, of the run that the recipe describes."""
+        found = checkpoint.checkpoints_at(self._checkpoints_directory)
+        first, resume = next(found, None), self._recipe.resume
+        if first is None and resume.from_ is not None:
+            path = self._recipe.path(resume.from_)
+            inside = storage.join(path, CHECKPOINTS)
+            found = checkpoint.checkpoints_at(inside if storage.exists(inside) else path)
+            first = next(found, None)
+            if first is None:
+                raise UserError(
+                    f"resume.from: {path} has no complete checkpoint; give a run directory or one of its steps"
+                )
+        for index in () if first is None else chain((first,), found):
+            check_same_run(self._recipe, self._inputs, index.about, index.directory)
+            yield index
+
+    def _metrics_log(self) -> MetricsLog:
+        return MetricsLog(
+            storage.join(self.directory, METRICS_FILE),
+            self._runtime,
+            name=self._task.name,
+            start=self.progress.step,
+            num_steps=self._task.num_steps,
+            batch_size=self._recipe.data.batch_size,
+            every_steps=self._recipe.log.every_steps,
+        )

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from rae_xla.errors import UserError
 from rae_xla.models.blocks import Blocks
-from rae_xla.models.functional import Tensors, by_module_names, call, packed, parameters_of
+from rae_xla.models.functional import Tensors, call, parameters_of
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.blocks import ComputeConfig, make_run_blocks
@@ -22,12 +22,18 @@ from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_no
 Loss = Callable[[Callable[..., Tensor], Any, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
 """(model, frozen, batch) -> (scalar loss, metrics), means over the batch; ``model`` is called like the module. What it
 reads of other tensors it takes from ``frozen`` and ``batch``."""
-Update = Callable[[Any, Any, Any], tuple[Any, Any]]
-"""(state, frozen, batch) -> (state, metrics)"""
+StepFunction = Callable[[Any, Any, Any], tuple[Any, Any]]
+"""(state, frozen, batch) -> (state, what it measured)"""
+MeanGradients = Callable[[Tensors, Any, dict[str, Tensor]], tuple[Tensors, Tensors]]
+"""(parameters, frozen, batch) -> (gradients, metrics)"""
+
+
+IN_ROW = "skipped_in_row"
+"""The metric that says how many updates up to this one were skipped, one after the other."""
 
 
 def initial_state(module: nn.Module) -> dict[str, Any]:
-    """Parameters, EMA, AdamW moments, the step counter and the number of skipped updates, on the host."""
+    """Parameters, EMA, AdamW moments, the step counter and numbers of skipped updates, all and last, on the host."""
     parameters = parameters_of(module)
     return {
         "parameters": parameters,
@@ -36,35 +42,15 @@ def initial_state(module: nn.Module) -> dict[str, Any]:
         "second_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
         "step": torch.zeros((), dtype=torch.int32),
         "skipped": torch.zeros((), dtype=torch.int32),
+        "skipped_in_row": torch.zeros((), dtype=torch.int32),
     }
 
 
-def state_by_names(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """A state with tensors by their names in the module, as checkpoints hold it: how values are packed may change."""
-    return {part: by_module_names(module, v) if isinstance(v, dict) else v for part, v in state.items()}
-
-
-def packed_state(state: dict[str, Any]) -> dict[str, Any]:
-    """What `state_by_names` was given."""
-    return {part: packed(value) if isinstance(value, dict) else value for part, value in state.items()}
-
-
-def make_update(
-    module: nn.Module,
-    loss: Loss,
-    config: OptimizerConfig,
-    compute: ComputeConfig,
-    steps_per_epoch: float,
-    runtime: Runtime,
-) -> Update:
-    """One step of AdamW on the mean loss of a batch.
-
-    ``module`` gives the architecture only; its values come from ``state`` and its buffers from ``frozen["buffers"]``.
-    Parameters, gradients, moments and EMA are float32; the model computes in the runtime's dtype. A step whose loss or
-    gradient is not finite changes nothing but the step counter and the count of such steps, and the host need not know.
+def make_mean_gradients(module: nn.Module, loss: Loss, compute: ComputeConfig, runtime: Runtime) -> MeanGradients:
+    """Gradients of the mean loss of a batch, and its metrics, in as many parts as ``compute`` says.
 
     Raises:
-        UserError: ``compute`` says how blocks run, of a model that has none.
+        UserError: see `make_update`.
     """
     if not any(isinstance(part, Blocks) for part in module.modules()):
         for key in ("blocks", "remat"):
@@ -101,6 +87,28 @@ def make_update(
         means = {name: values.mean(dim=0) for name, values in metrics.items()}
         return {name: value / num_parts for name, value in sums.items()}, means
 
+    return mean_gradients_of
+
+
+def make_update(
+    module: nn.Module,
+    loss: Loss,
+    config: OptimizerConfig,
+    compute: ComputeConfig,
+    steps_per_epoch: float,
+    runtime: Runtime,
+) -> StepFunction:
+    """One step of AdamW on the mean loss of a batch.
+
+    ``module`` gives the architecture only; its values come from ``state`` and its buffers from ``frozen["buffers"]``.
+    Parameters, gradients, moments and EMA are float32; the model computes in the runtime's dtype. A step whose loss or
+    gradient is not finite changes nothing but the step counter and the count of such steps, and the host need not know.
+
+    Raises:
+        UserError: ``compute`` says how blocks run, of a model that has none.
+    """
+    mean_gradients_of = make_mean_gradients(module, loss, compute, runtime)
+
     def update(
         state: dict[str, Any], frozen: dict[str, Any], batch: dict[str, Tensor]
     ) -> tuple[dict[str, Any], Tensors]:
@@ -126,10 +134,11 @@ def make_update(
                 },
                 "step": state["step"] + 1,
                 "skipped": state["skipped"] + (~finite).to(torch.int32),
+                "skipped_in_row": torch.where(finite, 0, state["skipped_in_row"] + 1).to(torch.int32),
             }
-            # Skipped updates as another tensor than the state's own, which the next step consumes before this is read.
-            skipped = new_state["skipped"].float()
-        return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, "skipped_updates": skipped}
+            # As other tensors than the state's own, which the next step consumes before these are read.
+            skipped = {"skipped_updates": new_state["skipped"].float(), IN_ROW: new_state["skipped_in_row"].float()}
+        return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, **skipped}
 
     return update
 

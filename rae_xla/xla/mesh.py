@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch_xla.runtime as xr
 from torch import Tensor
 
 from rae_xla.errors import UserError
+from rae_xla.runtime import Parts
 from rae_xla.sharding import AXES, MeshConfig, Partition, Sharding
 
 
@@ -29,6 +32,39 @@ class Mesh:
         placed: Any = xm.send_cpu_data_to_device([tensor.contiguous()], device, input_sharding=spec)
         return placed[0]
 
+    def parts_of(self, tensor: Tensor, process_index: int) -> Parts:
+        """The parts on this process's devices, but for those that another device has too and gives."""
+        places = _places(tensor)
+        if places is None:
+            whole = {(0,) * tensor.ndim: tensor.cpu()} if process_index == 0 else {}
+            return Parts(tuple(tensor.shape), tensor.dtype, whole)
+        values = torch_xla._XLAC._get_local_shards([tensor])[0]
+        first = {
+            place.offsets: value for place, (value, _) in zip(places, values, strict=True) if place.number_of_copy == 0
+        }
+        return Parts(tuple(tensor.shape), tensor.dtype, first)
+
+    def parts_wanted(self, tensor: Tensor) -> Parts:
+        """Empty parts, each once, that this process's devices have."""
+        places = _places(tensor) or [_Place((0,) * tensor.ndim, tuple(tensor.shape), 0)]
+        empty = {place.offsets: torch.empty(place.shape, dtype=tensor.dtype) for place in places}
+        return Parts(tuple(tensor.shape), tensor.dtype, empty)
+
+    def with_parts(self, tensor: Tensor, parts: Parts, device: torch.device) -> Tensor:
+        """A tensor that lies as ``tensor`` does, which it may be, with these values."""
+        places = _places(tensor)
+        if places is None:
+            return self.put(parts.parts[(0,) * tensor.ndim], (None,) * tensor.ndim, device, per_process=False)
+        torch_xla._XLAC._load_local_shards(tensor, [parts.parts[place.offsets] for place in places], self._local_names)
+        return tensor
+
+    @cached_property
+    def _local_names(self) -> list[str]:
+        """This process's devices in the order of places."""
+        count = self.devices.size()
+        probe = self.put(torch.zeros(count), (AXES,), torch_xla.device(), per_process=False)
+        return [name for _, name in torch_xla._XLAC._get_local_shards([probe])[0]]
+
     def marked(self, tensor: Tensor, partition: Partition) -> Tensor:
         """The same values, and word to the compiler where they and their gradient are to lie."""
         marked: Tensor = _Marked.apply(tensor, self.devices, partition)
@@ -38,6 +74,26 @@ class Mesh:
         """The same values, and word to the compiler that they are to be whole on each device; not so the gradient."""
         gathered: Tensor = _Gathered.apply(tensor, self.devices)
         return gathered
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A device's part of a tensor; equal parts are counted."""
+
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    number_of_copy: int
+
+
+def _places(tensor: Tensor) -> list[_Place] | None:
+    """For each of this process's devices; ``None`` if all have all of it. A part is never padded, see `Sharding`."""
+    found = torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]
+    if any(indices is Ellipsis for _, indices in found):
+        return None
+    return [
+        _Place(tuple(s.start for s in indices), tuple(s.stop - s.start for s in indices), copy)
+        for copy, indices in found
+    ]
 
 
 def keep_sharding(old: Tensor, new: Tensor) -> None:

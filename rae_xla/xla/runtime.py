@@ -70,6 +70,20 @@ class XLARuntime:
 
         return tree_map_with_path(put, state)
 
+    def parts_of(self, state: Tree) -> Tree:
+        """See `Runtime`."""
+        # A tensor that a step is still to make has no parts that could be asked for.
+        xm.wait_device_ops()
+        return tree_map(lambda tensor: self._mesh.parts_of(tensor, self.process_index), state)
+
+    def parts_wanted(self, state: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map(self._mesh.parts_wanted, state)
+
+    def with_parts(self, state: Tree, parts: Tree) -> Tree:
+        """See `Runtime`."""
+        return tree_map(lambda tensor, of_tensor: self._mesh.with_parts(tensor, of_tensor, self._device), state, parts)
+
     def place_frozen(self, tree: Tree) -> Tree:
         """See `Runtime`."""
 
