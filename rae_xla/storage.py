@@ -129,7 +129,9 @@ def write_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
         else:
             _upload(filesystem, inner, pieces)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or first_line(error)}); give another path") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or first_line(error)}); give another path"
+        ) from error
 
 
 def _write_aside(path: str, pieces: Iterable[bytes | memoryview]) -> None:

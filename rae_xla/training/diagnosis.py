@@ -19,12 +19,12 @@ def make_diagnosis(module: nn.Module, loss: Loss, compute: ComputeConfig, runtim
     """Measures whether each tensor is finite, in the order in which they are computed.
 
     Parameters, the batch, what every module gives, the loss, the gradients. Blocks run one after the other, so that
-    each can be told from the next.
+    each can be told from the next. There is no state: ``parameters`` are in what is frozen.
     """
     mean_gradients_of = make_mean_gradients(module, loss, compute, runtime)
 
     def diagnosis(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensors]:
-        parameters = state["parameters"]
+        parameters = frozen["parameters"]
         with torch.no_grad():
             found = {f"parameter {n}": _finite(v) for n, v in by_module_names(module, parameters).items()}
             found |= {f"batch: {name}": _finite(v) for name, v in batch.items() if v.is_floating_point()}

@@ -236,7 +236,8 @@ class _Run:
 
     def _not_finite(self, batch: Any) -> StoppedError:
         diagnosis = self._runtime.compile(self._task.diagnosis, f"{self._task.name}_diagnosis")
-        first = first_not_finite(self._runtime.to_host(diagnosis(self._state, self._frozen, batch)[1]))
+        frozen = {**self._frozen, "parameters": self._state["parameters"]}
+        first = first_not_finite(self._runtime.to_host(diagnosis({}, frozen, batch)[1]))
         found = (
             "all tensors of the last batch are finite" if first is None else f"the first tensor that is not: {first}"
         )
