@@ -67,8 +67,17 @@ class Runtime(Protocol):
             UserError: a sharding rule does not fit its parameters.
         """
 
+    def copied(self, state: Tree) -> Tree:
+        """A placed state, copied on the devices: the same values when the next step has consumed ``state``.
+
+        It is made in turn with the steps, and not waited for.
+        """
+
     def parts_of(self, state: Tree) -> Tree:
-        """A placed training state as `Parts` on the host, copied: each part on one process. Waits for them."""
+        """A placed training state as `Parts` on the host, each part on one process. Waits for them.
+
+        A thread may do so while another starts steps that do not consume ``state``.
+        """
 
     def parts_wanted(self, state: Tree) -> Tree:
         """Empty `Parts`, all that this process's devices have of a placed state, for `with_parts`."""

@@ -6,6 +6,7 @@ step-overhead  host time of a training step of a DiT^DH, traced lazily every tim
                --depth-only for the true number of blocks and tensors at a tiny width, which a CPU runs;
                CPU_NUM_DEVICES=8 for eight virtual devices
 input          images a second from shards to batches of 256 px, beside torchvision's ImageFolder; --workers
+checkpoint-stall  how long a save of a model's training state keeps the loop, beside a synchronous one; --model dit_dh_b
 """
 
 from __future__ import annotations
@@ -95,13 +96,34 @@ def input_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def checkpoint_stall(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``synchronous_seconds asynchronous_seconds ratio``."""
+    from rae_xla.benchmarks.stall import checkpoint_stall as measured
+
+    result = measured(arguments.model, arguments.fsdp)
+    print(f"{result['model']}, a training state of {result['gigabytes']:.2f} GB; the step after a save ends later by:")
+    print(
+        f"{result['synchronous_seconds']:.2f} s if training waits until it is written, "
+        f"{result['asynchronous_seconds']:.2f} s if it goes on, ratio {result['ratio']:.1f}"
+    )
+    usual, meanwhile = result["seconds_of_a_step"], result["seconds_of_a_step_meanwhile"]
+    print(f"a step takes {usual:.2f} s, {meanwhile:.2f} s while the same processor writes a state")
+    return result
+
+
 def _shown(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":
     parser = cli.parser(__doc__, recipe=False)
-    measurements = {"models": models, "width": width, "step-overhead": step_overhead, "input": input_speed}
+    measurements = {
+        "models": models,
+        "width": width,
+        "step-overhead": step_overhead,
+        "input": input_speed,
+        "checkpoint-stall": checkpoint_stall,
+    }
     parser.add_argument("what", choices=list(measurements))
     parser.add_argument("--model", metavar="NAME", default="dit_dh_xl", help="for step-overhead (default: dit_dh_xl)")
     parser.add_argument("--depth-only", action="store_true", help="for step-overhead: tiny width, true depth")

@@ -28,7 +28,7 @@ NUM_CLASSES = 1000
 WARMUP_STEPS = 3
 
 
-def _created(name: str, *, depth_only: bool) -> tuple[DiffusionModel, tuple[int, int, int]]:
+def created_model(name: str, *, depth_only: bool) -> tuple[DiffusionModel, tuple[int, int, int]]:
     """A named DiT^DH and the shape of its latents.
 
     ``depth_only``: with its true number of blocks and tensors, at a width that a CPU runs.
@@ -57,7 +57,7 @@ def step_overhead(
     from rae_xla.xla.step import num_compilations
 
     runtime: Any = create("xla", mesh, "fp32")
-    module, latent_shape = _created(name, depth_only=depth_only)
+    module, latent_shape = created_model(name, depth_only=depth_only)
     # The rate changes at every step.
     optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-3, schedule="cosine", ema_decay=0.99)
 

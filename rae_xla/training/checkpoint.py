@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from pydantic import Field
@@ -42,13 +42,15 @@ CONSTANTS = "constants"
 class CheckpointConfig(Config):
     """Save every so many steps and at the end; the newest ``keep`` stay, and steps that ``keep_every_steps`` divides.
 
-    ``asynchronous``: training goes on as soon as the state is copied to the host, while it is written.
+    ``asynchronous``: training goes on while the state is written, as soon as it is copied: on the ``devices``, which
+    takes no time but needs room for it there until it has come to the host; or to the ``host``, which takes longer.
     """
 
     every_steps: int = Field(gt=0)
     keep: int = Field(default=2, gt=0)
     keep_every_steps: int | None = Field(default=None, gt=0)
     asynchronous: bool = True
+    copy_on: Literal["devices", "host"] = "devices"
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,23 @@ class Checkpoints:
         return self._runtime.with_parts(state, wanted), progress
 
     def save(self, progress: Progress, state: Tree) -> None:
-        """Copy the placed state to the host and write it, after the one before is written.
+        """Copy the placed state and write the copy, after the one before is written.
 
         Raises:
             StoppedError: that could not be.
         """
         self.wait()
-        parts = _by_name(self._runtime.parts_of(state))
-        if self._runtime.process_index == 0:
-            whole = {n: Parts(tuple(t.shape), t.dtype, {(0,) * t.ndim: t}) for n, t in self._constants.items()}
-            parts |= _by_name({CONSTANTS: whole})
-        self._writing = self._thread.submit(self._write, progress, parts)
+        if self._config.asynchronous and self._config.copy_on == "devices":
+            self._writing = self._thread.submit(self._write, progress, self._runtime.copied(state), None)
+        else:
+            self._writing = self._thread.submit(self._write, progress, None, self._runtime.parts_of(state))
         if not self._config.asynchronous:
             self.wait()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether the last save is still under way."""
+        return self._writing is not None and not self._writing.done()
 
     def wait(self) -> None:
         """Until what is being written is there. Raises as `save` does."""
@@ -117,8 +123,13 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, progress: Progress, parts: Mapping[str, Parts]) -> None:
+    def _write(self, progress: Progress, copy: Tree | None, of_state: Tree | None) -> None:
         try:
+            parts = _by_name(self._runtime.parts_of(copy) if of_state is None else of_state)
+            del copy
+            if self._runtime.process_index == 0:
+                whole = {n: Parts(tuple(t.shape), t.dtype, {(0,) * t.ndim: t}) for n, t in self._constants.items()}
+                parts |= _by_name({CONSTANTS: whole})
             about = {**self._about, "progress": asdict(progress)}
             write_parts(step_directory(self._directory, progress.step), parts, about, self._group)
         # A disk, a bucket and the libraries between may raise anything.

@@ -96,6 +96,13 @@ def _places(tensor: Tensor) -> list[_Place] | None:
     ]
 
 
+def copied(tensor: Tensor) -> Tensor:
+    """The same values, which lie alike."""
+    copy = tensor.clone()
+    keep_sharding(tensor, copy)
+    return copy
+
+
 def keep_sharding(old: Tensor, new: Tensor) -> None:
     """Have a result of a step lie as what it replaces."""
     assert old.shape == new.shape and old.dtype == new.dtype, f"a step changed {old.shape} to {new.shape}"

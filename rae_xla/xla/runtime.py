@@ -18,7 +18,7 @@ from rae_xla.errors import UserError
 from rae_xla.precision import Precision, compute_dtype, effective_precision
 from rae_xla.runtime import Tree
 from rae_xla.sharding import AXES, MeshConfig, Partition
-from rae_xla.xla.mesh import Mesh
+from rae_xla.xla.mesh import Mesh, copied
 from rae_xla.xla.scan import device_scan
 from rae_xla.xla.step import CompiledStep
 
@@ -69,6 +69,12 @@ class XLARuntime:
             return self._put(tensor, self.sharding.of_state([entry.key for entry in path], tensor.shape))
 
         return tree_map_with_path(put, state)
+
+    def copied(self, state: Tree) -> Tree:
+        """See `Runtime`."""
+        copies = tree_map(copied, state)
+        torch_xla.sync()
+        return copies
 
     def parts_of(self, state: Tree) -> Tree:
         """See `Runtime`."""
