@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rae_xla.errors import UserError
 from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,15 @@ def map_rows(
 
     ``function`` runs as one compiled step and returns tensors with one row for each row of the batch. ``frozen`` is on
     the host.
+
+    Raises:
+        UserError: there are several hosts, and each would have a part of the results.
     """
+    if runtime.num_processes > 1:
+        raise UserError(
+            f"mesh: this slice has {runtime.num_processes} hosts, and {name} is not gathered across hosts yet; take a "
+            "slice of one host (v6e-8 or smaller)"
+        )
 
     def step(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():

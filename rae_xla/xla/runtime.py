@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch_xla
 import torch_xla.backends
 import torch_xla.core.xla_model as xm
@@ -14,7 +15,6 @@ import torch_xla.runtime as xr
 from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only, tree_map_with_path
 
-from rae_xla.errors import UserError
 from rae_xla.precision import Precision, compute_dtype, effective_precision
 from rae_xla.runtime import Tree
 from rae_xla.sharding import AXES, MeshConfig, Partition
@@ -33,11 +33,11 @@ class XLARuntime:
         self.num_devices = xr.global_runtime_device_count()
         self.process_index = xr.process_index()
         self.num_processes = xr.process_count()
-        if self.num_processes > 1:
-            raise UserError(
-                f"mesh: this slice has {self.num_processes} hosts; checkpoints and samples are not gathered across "
-                "hosts yet, so take a slice of one host (v6e-8 or smaller)"
-            )
+        if self.num_processes > 1 and not dist.is_initialized():
+            # For what hosts say to each other beside the programs on their chips: who writes what, who goes away.
+            import torch_xla.distributed.xla_backend
+
+            dist.init_process_group("gloo", init_method="xla://")
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self.scan = device_scan
