@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -146,7 +147,12 @@ def _from_workers(parts: IterableDataset[Any], num_workers: int) -> Iterator[Any
         multiprocessing_context="spawn" if num_workers else None,
         prefetch_factor=PARTS_AHEAD if num_workers else None,
     )
-    arriving = iter(loader)
+    # Ctrl-C goes to all processes of a terminal; workers end with the one that reads from them.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        arriving = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     while True:
         try:
             item = next(arriving, None)

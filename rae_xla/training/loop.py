@@ -181,7 +181,9 @@ class _Run:
                 with log.timed("input"):
                     batch, counts = next(arriving)
             except SourceError as error:
-                raise self._stopped(error, log) from error
+                stopped = self._stopped(error, log)
+                # A signal to all of a job's processes ends those that read first.
+                raise (stopped if interruption.reason is None else PreemptedError(str(stopped))) from error
             with log.timed("host"):
                 self._state, metrics = self.update(self._state, self._frozen, batch)
             self.progress = replace(self.progress, step=step)
