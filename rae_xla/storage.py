@@ -23,7 +23,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import load_file as load_safetensors
 from torch import Tensor
 
-from rae_xla.errors import UserError, first_line
+from rae_xla.errors import StoppedError, UserError, first_line
 
 # The key of a safetensors file's metadata that holds what is said about it.
 _ABOUT = "rae_xla"
@@ -80,11 +80,21 @@ def is_directory(path: str) -> bool:
 
 
 def list_names(directory: str) -> list[str]:
-    """Names inside a directory, sorted; none if it is not there."""
+    """Names inside a directory, sorted; none if it is not there.
+
+    Raises:
+        StoppedError: nobody can say, because it cannot be reached or looked into.
+    """
     filesystem, inner = open_filesystem(directory)
-    if not filesystem.isdir(inner):
+    try:
+        filesystem.invalidate_cache(inner)
+        names = filesystem.ls(inner, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return sorted(posixpath.basename(name.rstrip("/")) for name in filesystem.ls(inner, detail=False))
+    # What stores and the libraries below raise has no common base.
+    except Exception as error:
+        raise StoppedError(f"{directory} cannot be listed ({first_line(error)}); try again when it can") from error
+    return sorted(posixpath.basename(name.rstrip("/")) for name in names)
 
 
 def remove(path: str) -> None:
@@ -97,12 +107,6 @@ def read_bytes(path: str) -> bytes:
     """Raises FileNotFoundError if there is no such file."""
     with fsspec.open(path, "rb") as file:
         return bytes(file.read())
-
-
-def read_range(path: str, begin: int, end: int) -> bytes:
-    """Bytes ``begin`` up to ``end``, or as many as there are. Raises FileNotFoundError if there is no such file."""
-    filesystem, inner = open_filesystem(path)
-    return bytes(filesystem.cat_file(inner, start=begin, end=end)) if begin < end else b""
 
 
 def read_json(path: str) -> Any:

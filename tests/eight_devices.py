@@ -26,7 +26,7 @@ from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress, step_directory
 from rae_xla.training.optimizer import OptimizerConfig
-from rae_xla.training.stored_parts import StoredIndex
+from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.tasks import train
 from rae_xla.training.update import initial_state, make_update
 
@@ -69,7 +69,8 @@ def diffusion_resumes(runtime: Runtime, directory: str) -> bool:
 def checkpoint_on_all_meshes(runtime: Runtime, directory: Path) -> bool:
     """Writes a state that lies in eight parts, and itself beside; whether it is read as one that every device has."""
     state = runtime.place_state(mesh_cases.numbered_state())
-    checkpoints = Checkpoints(str(directory), CheckpointConfig(every_steps=1), runtime, {}, {})
+    config = CheckpointConfig(every_steps=1, copy_on="host")
+    checkpoints = Checkpoints(str(directory), config, runtime, {}, {})
     checkpoints.save(Progress(3), state)
     checkpoints.wait()
     return mesh_cases.restored_everywhere(runtime, step_directory(str(directory), 3))

@@ -25,14 +25,15 @@ STALL_SECONDS = 3.0
 class FaultyProxy:
     """Hands requests on to ``target``, and of reads a ``rate`` of each of `FAULTS` in place of an answer.
 
-    ``away``: nothing is answered but errors; ``refuses``: objects with this in their names may not be written.
-    ``injected`` counts what was done.
+    ``away``: nothing is answered but errors; ``refuses``: objects with this in their names may not be written;
+    ``forbids_listing``: nobody may look what there is. ``injected`` counts what was done.
     """
 
     def __init__(self, target: int) -> None:
         self.rate = 0.0
         self.away = False
         self.refuses: str | None = None
+        self.forbids_listing = False
         self.injected: Counter[str] = Counter()
         self._random = random.Random(0)
         proxy = self
@@ -52,6 +53,8 @@ class FaultyProxy:
                 body = self.rfile.read(length) if length else None
                 fault = proxy._fault(self.command, self.path)
                 if body and proxy.refuses and proxy.refuses.encode() in body:
+                    fault = "forbidden"
+                if proxy.forbids_listing and "/o?" in self.path and "alt=media" not in self.path:
                     fault = "forbidden"
                 if fault == "connection":
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")

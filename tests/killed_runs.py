@@ -42,7 +42,7 @@ def main() -> None:
     begun = time.monotonic()
     assert os.waitstatus_to_exitcode(os.waitpid(started(recipe, root, 0), 0)[1]) == 0
     whole_seconds = time.monotonic() - begun
-    found = {"kills": 0, "runs": 0, "half_written": 0, "equal": True, "whole_seconds": whole_seconds}
+    found = {"kills": 0, "runs": 0, "half_written": 0, "resumed": 0, "equal": True, "whole_seconds": whole_seconds}
     number = 0
     while found["kills"] < kills:
         number += 1
@@ -59,7 +59,9 @@ def main() -> None:
             steps = f"{root}/run_{number}/checkpoints"
             names = storage.list_names(steps)
             found["half_written"] += sum(not storage.exists(f"{steps}/{name}/complete.json") for name in names)
+        report = json.loads(storage.read_bytes(f"{root}/run_{number}/report.json"))
         found["runs"] += 1
+        found["resumed"] += report["resumed_from_step"] > 0
         found["equal"] &= weights(root, number) == weights(root, 0)
     print(json.dumps(found))
 

@@ -23,7 +23,7 @@ from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress
 from rae_xla.training.optimizer import OptimizerConfig
-from rae_xla.training.stored_parts import StoredIndex
+from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.update import initial_state, make_update
 
 NUM_STEPS, BATCH_SIZE, LATENT_SHAPE = 10, 16, (8, 2, 2)

@@ -24,7 +24,7 @@ from rae_xla.recipe import load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 from rae_xla.training import checkpoint
-from rae_xla.training.stored_parts import DamagedError, StoredIndex
+from rae_xla.training.stored_index import DamagedError, StoredIndex
 from rae_xla.training.tasks import train
 
 JUDGE = "recipes/quickstart/judge.yaml"
@@ -142,6 +142,11 @@ def test_a_bucket_that_refuses_writes_ends_the_run(bucket: FaultyProxy) -> None:
     with pytest.raises(StoppedError, match=r"step 3 could not be saved \(.*\), step 2 is; the same command"):
         run(root, 4, "log.every_steps=100")
     bucket.refuses = None
+    # What cannot be seen is not taken for nothing.
+    bucket.forbids_listing = True
+    with pytest.raises(StoppedError, match=r"project/judge/checkpoints cannot be listed \(.*\); try again when it can"):
+        run(root, 4)
+    bucket.forbids_listing = False
     assert run(root, 4)["resumed_from_step"] == 2
 
 
@@ -161,6 +166,10 @@ def test_another_run_to_begin_from(four_steps: Path, tmp_path: Path, caplog: pyt
     allowed = "resume.allow=[train.learning_rate, train.clip_norm]"
     assert run(tmp_path, 6, f"resume.from={source}", allowed, *changes)["resumed_from_step"] == 4
     assert "train.learning_rate: was 0.002, is 0.001 from now on" in caplog.text
+    elsewhere = [f"resume.from={source}", "run_dir=elsewhere"]
+    assert run(tmp_path / "fourth", 4, *elsewhere)["steps"] == 4
+    weights = (tmp_path / "fourth" / "elsewhere" / "weights.safetensors").read_bytes()
+    assert weights == (source / "weights.safetensors").read_bytes()
     # Its own checkpoints come first from then on; one step can be named too.
     assert run(tmp_path, 7, f"resume.from={source}", *changes)["resumed_from_step"] == 6
     step = source / "checkpoints" / "step_00000003"
@@ -215,7 +224,7 @@ def _killed(root: str, recipe: Path, runtime: str, kills: int, rows: Rows, tmp_p
 
 def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path, rows: Rows) -> None:
     found = _killed(str(tmp_path / "runs"), tmp_path / "recipe.yaml", "eager", 4, rows, tmp_path)
-    assert found["equal"] and found["kills"] >= 4
+    assert found["equal"] and found["resumed"]
 
 
 @pytest.mark.nightly
@@ -226,4 +235,4 @@ def test_fifty_killed_runs(where: str, runtime: str, tmp_path: Path, rows: Rows,
         request.getfixturevalue("bucket")
         root = f"gs://{BUCKET}/killed"
     found = _killed(root, tmp_path / "recipe.yaml", runtime, 50, rows, tmp_path)
-    assert found["equal"] and found["kills"] >= 50 and found["half_written"]
+    assert found["equal"] and found["resumed"] > 10 and found["half_written"]

@@ -31,7 +31,7 @@ from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.ema import decay_at
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
-from rae_xla.training.stored_parts import StoredIndex
+from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.tasks import train
 from rae_xla.training.update import initial_state, make_update
 

@@ -13,7 +13,8 @@ import torch.multiprocessing as mp
 
 from rae_xla.runtime import Parts
 from rae_xla.training import stored_parts
-from rae_xla.training.stored_parts import StoredIndex, read_parts, write_parts
+from rae_xla.training.stored_index import StoredIndex
+from rae_xla.training.stored_parts import read_parts, write_parts
 
 WHOLE = torch.arange(24.0).reshape(6, 4)
 

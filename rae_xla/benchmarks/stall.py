@@ -72,6 +72,6 @@ def checkpoint_stall(name: str, fsdp: int) -> dict[str, Any]:
         "asynchronous_seconds": asynchronous_seconds,
         "ratio": synchronous / asynchronous_seconds,
         "seconds_of_a_step": usual,
-        "seconds_of_a_step_meanwhile": statistics.median(meanwhile),
+        "seconds_of_a_step_meanwhile": statistics.median(meanwhile or [usual]),
         "runtime": runtime.describe(),
     }

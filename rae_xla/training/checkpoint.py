@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -22,14 +22,8 @@ from rae_xla.config import Config
 from rae_xla.errors import StoppedError, UserError, first_line
 from rae_xla.models.functional import Tensors
 from rae_xla.runtime import Parts, Runtime, Tree
-from rae_xla.training.stored_parts import (
-    MARKER_FILE,
-    DamagedError,
-    StoredIndex,
-    read_parts,
-    remove_step,
-    write_parts,
-)
+from rae_xla.training.stored_index import MARKER_FILE, DamagedError, StoredIndex
+from rae_xla.training.stored_parts import read_parts, remove_step, write_parts
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +71,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         self.newest: int | None = None
-        """The last step that was saved or restored."""
+        """The last step that was saved or restored, in the folder ``newest_directory``."""
+        self.newest_directory: str | None = None
 
     def restore(self, found: StoredIndex, state: Tree) -> tuple[Tree, Progress]:
         """The state of a checkpoint, laid out as the placed ``state``, which is consumed.
@@ -89,13 +84,15 @@ class Checkpoints:
         wanted = self._runtime.parts_wanted(state)
         by_name = _by_name(wanted)
         stored = {name for name in found.shapes if not name.startswith(f"{CONSTANTS}/")}
-        different = sorted(stored ^ by_name.keys()) or [n for n, t in by_name.items() if found.shapes[n] != t.shape]
+        different = sorted(stored ^ by_name.keys()) or [
+            n for n, t in by_name.items() if (found.shapes[n], found.dtypes[n]) != (t.shape, t.dtype)
+        ]
         if different:
             shown = f"{different[0]} and {len(different) - 1} more" if len(different) > 1 else different[0]
             raise UserError(f"{found.directory} is of another model ({shown} differ); give the run another run_dir")
         read_parts(found, by_name, self._group)
         progress = Progress(**found.about["progress"])
-        self.newest = progress.step
+        self.newest, self.newest_directory = progress.step, found.directory
         return self._runtime.with_parts(state, wanted), progress
 
     def save(self, progress: Progress, state: Tree) -> None:
@@ -106,9 +103,12 @@ class Checkpoints:
         """
         self.wait()
         if self._config.asynchronous and self._config.copy_on == "devices":
-            self._writing = self._thread.submit(self._write, progress, self._runtime.copied(state), None)
+            copy = [self._runtime.copied(state)]
+            # Taken out of the list there, so that the chips have their room back before all is written.
+            self._writing = self._thread.submit(self._write, progress, lambda: self._runtime.parts_of(copy.pop()))
         else:
-            self._writing = self._thread.submit(self._write, progress, None, self._runtime.parts_of(state))
+            parts = self._runtime.parts_of(state)
+            self._writing = self._thread.submit(self._write, progress, lambda: parts)
         if not self._config.asynchronous:
             self.wait()
 
@@ -123,15 +123,15 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
-    def _write(self, progress: Progress, copy: Tree | None, of_state: Tree | None) -> None:
+    def _write(self, progress: Progress, parts_of_state: Callable[[], Tree]) -> None:
+        directory = step_directory(self._directory, progress.step)
         try:
-            parts = _by_name(self._runtime.parts_of(copy) if of_state is None else of_state)
-            del copy
+            parts = _by_name(parts_of_state())
             if self._runtime.process_index == 0:
                 whole = {n: Parts(tuple(t.shape), t.dtype, {(0,) * t.ndim: t}) for n, t in self._constants.items()}
                 parts |= _by_name({CONSTANTS: whole})
             about = {**self._about, "progress": asdict(progress)}
-            write_parts(step_directory(self._directory, progress.step), parts, about, self._group)
+            write_parts(directory, parts, about, self._group)
         # A disk, a bucket and the libraries between may raise anything.
         except Exception as error:
             kept = "nothing is saved" if self.newest is None else f"step {self.newest} is"
@@ -139,13 +139,18 @@ class Checkpoints:
                 f"step {progress.step} could not be saved ({first_line(error)}), {kept}; the same command goes on from "
                 "there"
             ) from error
-        self.newest = progress.step
+        self.newest, self.newest_directory = progress.step, directory
         if self._runtime.process_index == 0:
-            self._remove_old()
+            try:
+                self._remove_old(progress.step)
+            # It is tried again after the next one.
+            except Exception as error:
+                logger.warning("checkpoint: an old step could not be removed (%s)", first_line(error))
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest: int) -> None:
+        """Later steps, which are damaged or this would not be the newest, do not take the place of good ones."""
         always = self._config.keep_every_steps
-        for step in complete_steps(self._directory)[: -self._config.keep]:
+        for step in [step for step in complete_steps(self._directory) if step <= newest][: -self._config.keep]:
             if always is None or step % always:
                 remove_step(step_directory(self._directory, step))
 
@@ -168,13 +173,22 @@ def remove_incomplete(directory: str) -> None:
             storage.remove(step_directory(directory, step))
 
 
-def checkpoints_at(path: str) -> Iterator[StoredIndex]:
+def remove_after(directory: str, step: int) -> None:
+    """Remove later steps: of a course that a run has left."""
+    for later in complete_steps(directory):
+        if later > step:
+            remove_step(step_directory(directory, later))
+
+
+def checkpoints_at(path: str, before: int | None = None) -> Iterator[StoredIndex]:
     """The checkpoints of a directory of them, newest first, or the one that ``path`` is. Damaged ones are told.
+
+    ``before``: only of steps before this one.
 
     Raises:
         UserError: there are some, and none of them can be read.
     """
-    steps = complete_steps(path)
+    steps = [step for step in complete_steps(path) if before is None or step < before]
     places = [step_directory(path, step) for step in reversed(steps)]
     if not steps and storage.exists(storage.join(path, MARKER_FILE)):
         places = [path]
@@ -195,7 +209,7 @@ def tell_damaged(error: DamagedError) -> None:
 def _steps(directory: str) -> dict[int, bool]:
     """Whether each step is complete, oldest first."""
     steps = [int(match[1]) for name in storage.list_names(directory) if (match := re.fullmatch(r"step_(\d+)", name))]
-    return {step: storage.exists(storage.join(step_directory(directory, step), MARKER_FILE)) for step in sorted(steps)}
+    return {step: MARKER_FILE in storage.list_names(step_directory(directory, step)) for step in sorted(steps)}
 
 
 def _by_name(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Parts]:

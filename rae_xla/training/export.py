@@ -13,7 +13,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.functional import Tensors, by_module_names
 from rae_xla.training.checkpoint import CHECKPOINTS, CONSTANTS, complete_steps, step_directory
 from rae_xla.training.same_run import COMPUTED
-from rae_xla.training.stored_parts import DamagedError, StoredIndex
+from rae_xla.training.stored_index import DamagedError, StoredIndex
 
 Kind = Literal["ema", "raw"]
 STORED_AS = {"ema": "ema", "raw": "parameters"}
@@ -90,7 +90,7 @@ def export_weights(checkpoint: StoredIndex, kind: Kind, path: str) -> dict[str, 
     """
     said = checkpoint.about
     # Equal weights are equal bytes, wherever and on whatever they were trained.
-    recipe = {key: value for key, value in said["recipe"].items() if key not in (*COMPUTED, "run_dir")}
+    recipe = {key: value for key, value in said["recipe"].items() if key not in COMPUTED}
     about = {**said["model"], "step": said["progress"]["step"], "kind": kind, "recipe": recipe}
     # Neighbours in the file are of the same stored tensor, so that each is read once.
     places = {name: _place(kind, place) for name, place in said["weights"].items()}

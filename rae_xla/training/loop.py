@@ -27,8 +27,8 @@ from rae_xla.training.metrics import MetricsLog
 from rae_xla.training.profile import StepProfiler
 from rae_xla.training.recovery import Agreement, BadSteps, Interruption, Watchdog
 from rae_xla.training.same_run import check_same_run, described
-from rae_xla.training.stored_parts import DamagedError, StoredIndex
-from rae_xla.training.update import IN_ROW, StepFunction
+from rae_xla.training.stored_index import DamagedError, StoredIndex
+from rae_xla.training.update import StepFunction
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     if run.is_finished() and storage.exists(report_path):
         logger.info("%s: already trained to step %d in %s", task.name, task.num_steps, run.directory)
         return dict(storage.read_json(report_path))
-    run.begin()
-    begun_at = run.progress.step
-    run.train()
+    begun_at = run.train()
     report = {
         "task": recipe.task,
         "name": task.name,
@@ -108,6 +106,7 @@ class _Run:
         self._inputs = described({**task.inputs, **sources})
         self.update = runtime.compile(task.update, task.name)
         self._agreement = Agreement(runtime)
+        self._changes: list[tuple[str, Any, Any]] = []
         self.progress = Progress(0)
         self.last_metrics: dict[str, float] = {}
 
@@ -118,10 +117,10 @@ class _Run:
 
     def newest_checkpoint(self) -> StoredIndex:
         """What was saved or restored last."""
-        assert self._checkpoints.newest is not None
-        return StoredIndex(checkpoint.step_directory(self._checkpoints_directory, self._checkpoints.newest))
+        assert self._checkpoints.newest_directory is not None
+        return StoredIndex(self._checkpoints.newest_directory)
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Put the state on the devices, as a checkpoint has it if there is one."""
         task, runtime = self._task, self._runtime
         # Before anything is written: a sharding rule may not fit.
@@ -137,13 +136,15 @@ class _Run:
         self._restore(self._found())
         if self.progress.step:
             logger.info("%s: resuming from step %d", task.name, self.progress.step)
+            for key, before, now in self._changes:
+                logger.info("%s: was %r, is %r from now on", key, before, now)
         logger.info("%s: %s", task.name, ", ".join(f"{key} {value}" for key, value in runtime.describe().items()))
         if runtime.process_index == 0:
             checkpoint.remove_incomplete(self._checkpoints_directory)
             save_recipe(self._recipe, self.directory)
 
-    def train(self) -> None:
-        """Step to the end, from further back if it must be."""
+    def train(self) -> int:
+        """Step to the end, from further back if it must be. Returns the step that it began at."""
         task, recipe, runtime = self._task, self._recipe, self._runtime
         batches = training_batches(task.images, recipe.data, recipe.seed, runtime.process_index, runtime.num_processes)
         profiler = StepProfiler(recipe.profile, self.directory, runtime)
@@ -152,16 +153,19 @@ class _Run:
             until_the_end.callback(lambda: profiler.close(self.progress.step))
             until_the_end.enter_context(watchdog)
             interruption = until_the_end.enter_context(Interruption())
+            self._begin()
+            begun_at = self.progress.step
             while True:
                 first_batch = self.progress.step + self.progress.batches_passed_over
                 with closing(self._metrics_log()) as log:
                     with Prefetched(batches.from_step(first_batch), runtime.place_batch) as arriving:
-                        bad_batch = self._steps(arriving, log, profiler, watchdog, interruption)
-                    if bad_batch is None:
+                        bad = self._steps(arriving, log, profiler, watchdog, interruption)
+                    if bad is None:
                         self._checkpoints.wait()
                         break
-                self._roll_back(bad_batch)
+                self._roll_back(*bad)
         self.last_metrics = log.last
+        return begun_at
 
     def _steps(
         self,
@@ -170,10 +174,10 @@ class _Run:
         profiler: StepProfiler,
         watchdog: Watchdog,
         interruption: Interruption,
-    ) -> Any:
-        """Step until the last, or until too many updates in a row were not finite; gives the batch then."""
+    ) -> tuple[int, Any] | None:
+        """Step until the last, or until too many updates in a row were not finite: where they began, and a batch."""
         recipe, num_steps = self._recipe, self._task.num_steps
-        bad_steps = BadSteps(recipe.recovery.max_bad_steps, self._runtime)
+        bad_steps = BadSteps(recipe.recovery.max_bad_steps, num_steps, self._runtime)
         is_due = False
         for step in range(self.progress.step + 1, num_steps + 1):
             profiler.before(step)
@@ -191,6 +195,9 @@ class _Run:
             log.add(step, metrics, self.update.wait_seconds)
             profiler.after(step)
             watchdog.step()
+            began = bad_steps.row_began(step, metrics)
+            if began is not None:
+                return began, batch
             is_due |= step % recipe.checkpoint.every_steps == 0
             leaves = self._agreement.on(interruption.reason is not None)
             if is_due or leaves or step == num_steps:
@@ -199,17 +206,16 @@ class _Run:
                 self._checkpoints.wait()
                 reason = interruption.reason or "another host goes away"
                 raise PreemptedError(f"{reason}: {self._where_saved()}, the same command goes on from there")
-            if bad_steps.found(step, metrics[IN_ROW]):
-                return batch
         return None
 
     def _save(self, log: MetricsLog) -> bool:
         """Save this step, unless it is one of bad ones, which a run may have to go back behind; not so the last."""
-        log.flush()
         with log.timed("checkpoint"):
-            if self.progress.step < self._task.num_steps and int(self._runtime.to_host(self._state[IN_ROW])):
+            is_last = self.progress.step == self._task.num_steps
+            if not is_last and int(self._runtime.to_host(self._state["skipped_in_row"])):
                 return False
             self._checkpoints.save(self.progress, self._state)
+        log.flush()
         return True
 
     def _restore(self, found: Iterator[StoredIndex]) -> bool:
@@ -223,17 +229,20 @@ class _Run:
                 return True
         return False
 
-    def _roll_back(self, batch: Any) -> None:
-        reached = self.progress
+    def _roll_back(self, began: int, batch: Any) -> None:
+        reached, directory = self.progress, self._checkpoints_directory
+        self._checkpoints.wait()
         if reached.rollbacks >= self._recipe.recovery.max_rollbacks or not self._restore(
-            checkpoint.checkpoints_at(self._checkpoints_directory)
+            checkpoint.checkpoints_at(directory, before=began)
         ):
             raise self._not_finite(batch)
+        if self._runtime.process_index == 0:
+            checkpoint.remove_after(directory, self.progress.step)
         passed_over = reached.step + reached.batches_passed_over - self.progress.step
         self.progress = replace(self.progress, batches_passed_over=passed_over, rollbacks=reached.rollbacks + 1)
         logger.warning(
-            "%s: updates up to step %d were not finite; back to step %d, and on with the batches after them",
-            self._task.name, reached.step, self.progress.step,
+            "%s: updates from step %d on were not finite; from step %d back to step %d, and on with the batches after",
+            self._task.name, began, reached.step, self.progress.step,
         )  # fmt: skip
 
     def _not_finite(self, batch: Any) -> StoppedError:
@@ -244,8 +253,8 @@ class _Run:
             "all tensors of the last batch are finite" if first is None else f"the first tensor that is not: {first}"
         )
         return StoppedError(
-            f"updates up to step {self.progress.step} were not finite, after {self.progress.rollbacks} rollbacks; "
-            f"{found}; {self._where_saved()}"
+            f"{self._recipe.recovery.max_bad_steps} updates or more in a row were not finite by step "
+            f"{self.progress.step}, after {self.progress.rollbacks} rollbacks; {found}; {self._where_saved()}"
         )
 
     def _stopped(self, error: SourceError, log: MetricsLog) -> StoppedError:
@@ -276,7 +285,7 @@ class _Run:
                     f"resume.from: {path} has no complete checkpoint; give a run directory or one of its steps"
                 )
         for index in () if first is None else chain((first,), found):
-            check_same_run(self._recipe, self._inputs, index.about, index.directory)
+            self._changes = check_same_run(self._recipe, self._inputs, index.about, index.directory)
             yield index
 
     def _metrics_log(self) -> MetricsLog:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from rae_xla import storage
 from rae_xla.config import Config
+from rae_xla.errors import first_line
 from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,12 @@ class MetricsLog:
         self._written = time.monotonic()
         if self._lines and self._runtime.process_index == 0:
             self._kept += self._lines
-            storage.write_text(self._path, "".join(self._kept))
             self._lines = []
+            try:
+                storage.write_text(self._path, "".join(self._kept))
+            # Training is worth more than its log, and the next time all lines are written again.
+            except Exception as error:
+                logger.warning("%s: metrics are not written (%s)", self._name, first_line(error))
 
     def close(self) -> None:
         """Flush and end the progress bar."""

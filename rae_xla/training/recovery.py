@@ -32,6 +32,7 @@ ASK_EVERY_SECONDS = 5.0
 NOTICES = {"maintenance-event": "NONE", "preempted": "FALSE"}
 """Entries of an instance's metadata, and what they say while nothing is going to happen."""
 REARM_EVERY_SECONDS = 1.0
+LONGEST = ("skipped_longest_row", "skipped_longest_row_began")
 # Of the process, whatever stands in for it in Python.
 STDERR = 2
 
@@ -39,9 +40,9 @@ STDERR = 2
 class RecoveryConfig(Config):
     """What a run does about bad numbers, and when it takes itself for hung.
 
-    After ``max_bad_steps`` updates in a row that were not finite (and changed nothing) it goes back to its newest
-    checkpoint and on with the batches after them; that ``max_rollbacks`` times, then it stops. With no step done for
-    ``hung_minutes`` it ends, with the stacks of its threads in the log; the first step's compilation counts.
+    After ``max_bad_steps`` updates in a row that were not finite (and changed nothing) it goes back to the newest
+    checkpoint before them and on with the batches after them; that ``max_rollbacks`` times, then it stops. With no step
+    done for ``hung_minutes`` it ends, with the stacks of its threads in the log; the first step's compilation counts.
     """
 
     max_bad_steps: int = Field(default=10, gt=0)
@@ -75,6 +76,7 @@ class Interruption:
 
     def _ask(self) -> None:
         host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+        answered = False
         while not self._left.wait(ASK_EVERY_SECONDS):
             for entry, quiet in NOTICES.items():
                 try:
@@ -83,10 +85,13 @@ class Interruption:
                         headers={"Metadata-Flavor": "Google"},
                         timeout=ASK_EVERY_SECONDS,
                     )
-                # Not a machine of Google's, as a rule.
                 except requests.RequestException:
+                    if answered:
+                        continue
+                    # Not a machine of Google's.
                     return
-                if answer.ok and answer.text.strip() != quiet:
+                answered = True
+                if answer.ok and answer.headers.get("Metadata-Flavor") == "Google" and answer.text.strip() != quiet:
                     self.reason = f"{entry} {answer.text.strip()}"
                     return
 
@@ -139,19 +144,23 @@ class Watchdog:
 class BadSteps:
     """Watches for updates in a row that were not finite, without making the devices wait."""
 
-    def __init__(self, most: int, runtime: Runtime) -> None:
+    def __init__(self, most: int, num_steps: int, runtime: Runtime) -> None:
         self._most = most
+        self._num_steps = num_steps
         self._runtime = runtime
         self._pending: deque[tuple[int, Any]] = deque()
 
-    def found(self, step: int, in_row: Any) -> bool:
-        """Whether there have been too many. ``in_row``: how many there are up to this step, on the device.
+    def row_began(self, step: int, metrics: Any) -> int | None:
+        """The step at which ``most`` or more in a row began, if there was such a row; ``metrics`` of this step.
 
-        Every ``most`` steps are looked at, a little later: always at the same steps, so that a resumed run finds what
-        the run would have.
+        The longest row is looked at every ``most`` steps, a little later, and at the last: always at the same steps, so
+        that a resumed run finds what the run would have.
         """
-        if step % self._most == 0:
-            self._pending.append((step, in_row))
-        if not self._pending or self._pending[0][0] > step - READ_BEHIND_STEPS:
-            return False
-        return int(self._runtime.to_host(self._pending.popleft()[1])) >= self._most
+        is_last = step == self._num_steps
+        if step % self._most == 0 or is_last:
+            self._pending.append((step, [metrics[name] for name in LONGEST]))
+        while self._pending and (is_last or self._pending[0][0] <= step - READ_BEHIND_STEPS):
+            longest, began = map(int, self._runtime.to_host(self._pending.popleft()[1]))
+            if longest >= self._most:
+                return began
+        return None

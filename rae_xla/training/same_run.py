@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from rae_xla import storage
 from rae_xla.config import Config
@@ -15,14 +14,13 @@ from rae_xla.errors import UserError
 if TYPE_CHECKING:
     from rae_xla.recipe import TrainingRecipe
 
-logger = logging.getLogger(__name__)
-
 
 Inputs = Mapping[str, Mapping[str, str]]
-# How long a run is, where and how it is computed and logged, and what only sampling reads.
-COMPUTED = ("root", "runtime", "mesh", "compute", "log", "profile", "checkpoint", "recovery", "resume")
+# Where and how a run is computed, logged and kept; not what it computes.
+COMPUTED = ("root", "run_dir", "runtime", "mesh", "compute", "log", "profile", "checkpoint", "recovery", "resume")
 # How images are fetched; not which, or in which order.
 _FETCHING = ("num_workers", "timeout_seconds", "give_up_seconds", "max_unreadable")
+# How long it is, too, and what only sampling reads.
 MAY_CHANGE = (*COMPUTED, *(f"data.stream.{key}" for key in _FETCHING), "sampler", "guidance", "train.num_epochs")
 
 
@@ -41,30 +39,36 @@ def described(files: Mapping[str, str]) -> Inputs:
     return {key: {"path": path, "sha256": storage.content_hash(path)} for key, path in files.items()}
 
 
-def check_same_run(recipe: TrainingRecipe, inputs: Inputs, before: Mapping[str, Any], where: str) -> None:
-    """Compare with the recipe and the inputs that a checkpoint was made with; harmless differences are logged.
+def check_same_run(
+    recipe: TrainingRecipe, inputs: Inputs, before: Mapping[str, Any], where: str
+) -> list[tuple[str, Any, Any]]:
+    """Compare with the recipe and the inputs that a checkpoint was made with: harmless differences, (key, was, is).
 
     Raises:
         UserError: a key of the recipe or the content of an input is another, and names them all.
     """
     allowed = (*MAY_CHANGE, *recipe.resume.allow)
-    old = dict(_flat(before["recipe"]))
-    changed = [(key, old[key], now) for key, now in _flat(recipe.model_dump(mode="json")) if old.get(key, now) != now]
-    told = [f"{key}: {before!r}, the recipe now says {now!r}" for key, before, now in changed if not _in(key, allowed)]
+    try:
+        # With what this version takes for granted.
+        made_with = type(recipe).model_validate(before["recipe"])
+    except ValidationError as error:
+        raise UserError(f"{where} was made by a version with other recipes; give the run another run_dir") from error
+    old, new = [dict(_flat(one.model_dump(mode="json"))) for one in (made_with, recipe)]
+    keys = [*new, *(key for key in old if key not in new)]
+    changed = [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+    told = [f"{key}: {was!r}, the recipe now says {now!r}" for key, was, now in changed if not _in(key, allowed)]
     if told:
         raise UserError(
             f"{where} was made with {'; '.join(told)}; give the run another run_dir, or the old values, or name the "
             "keys in resume.allow"
         )
-    for key, value, now in changed:
-        logger.info("%s: was %r, is %r from now on", key, value, now)
     for key, file in inputs.items():
-        made_with = before["inputs"].get(key, file)
-        if made_with["sha256"] != file["sha256"] and not _in(key, allowed):
+        if before["inputs"].get(key, file)["sha256"] != file["sha256"] and not _in(key, allowed):
             raise UserError(
                 f"{key}: {file['path']} is not what {where} was made with; give the run another run_dir, or remove the "
                 "old one to train it again, or name the key in resume.allow"
             )
+    return changed
 
 
 def _in(key: str, sections: Iterable[str]) -> bool:

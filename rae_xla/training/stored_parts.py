@@ -3,7 +3,8 @@
 Each process writes its parts into files of its own; process 0 writes ``index.json``, which says where each part is and
 its CRC-32, and last ``complete.json`` with the index's hash. A folder without the last does not count. Parts are read
 by whoever needs any of their values, on whatever mesh. (The library's own files need a pickle to be read and have no
-checksums; its planners know tensors of one device, and torch_xla's copy what is to be overwritten to the host first.)
+checksums; its planners know tensors of one device, and torch_xla's copy what is to be overwritten to the host first.
+So its own reader cannot read these; anything that reads safetensors and JSON can.)
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,24 +49,14 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from rae_xla import storage
-from rae_xla.errors import first_line
 from rae_xla.runtime import Parts
+from rae_xla.training.stored_index import FORMAT, INDEX_FILE, MARKER_FILE, StoredIndex, narrowed
 
-# Said at every call of a run of one process.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-INDEX_FILE = "index.json"
-MARKER_FILE = "complete.json"
-FORMAT = 1
 # Written at a time, each by a thread of its own.
 FILE_BYTES = 2**30
 FILES_AT_A_TIME = 4
 
 PartsByName = Mapping[str, Parts]
-
-
-class DamagedError(Exception):
-    """What was stored is not as it was written; one line that names the file."""
 
 
 def write_parts(directory: str, parts: PartsByName, about: Mapping[str, Any], group: dist.ProcessGroup | None) -> None:
@@ -74,13 +66,14 @@ def write_parts(directory: str, parts: PartsByName, about: Mapping[str, Any], gr
         Exception: whatever kept any of the processes from writing.
     """
     try:
-        dcp.save(
-            dict(parts),
-            storage_writer=_Writer(directory, about),
-            planner=_Planner(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        with _one_process_is_enough():
+            dcp.save(
+                dict(parts),
+                storage_writer=_Writer(directory, about),
+                planner=_Planner(),
+                process_group=group,
+                no_dist=group is None,
+            )
     except CheckpointException as error:
         raise _first_of(error) from error
 
@@ -92,15 +85,23 @@ def read_parts(index: StoredIndex, wanted: PartsByName, group: dist.ProcessGroup
         DamagedError: in what any of the processes reads.
     """
     try:
-        dcp.load(
-            dict(wanted),
-            storage_reader=_Reader(index),
-            planner=_LoadPlanner(),
-            process_group=group,
-            no_dist=group is None,
-        )
+        with _one_process_is_enough():
+            dcp.load(
+                dict(wanted),
+                storage_reader=_Reader(index),
+                planner=_LoadPlanner(),
+                process_group=group,
+                no_dist=group is None,
+            )
     except CheckpointException as error:
         raise _first_of(error) from error
+
+
+@contextmanager
+def _one_process_is_enough() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def remove_step(directory: str) -> None:
@@ -115,76 +116,6 @@ def _first_of(error: CheckpointException) -> BaseException:
     return next(iter(error.failures.values()))[0]
 
 
-@dataclass(frozen=True)
-class _StoredPart:
-    """Where the values of a part are."""
-
-    file: str
-    begin: int
-    crc32: int
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]
-
-
-class StoredIndex:
-    """What a folder says it holds.
-
-    Raises:
-        DamagedError: the index or the marker is not as it was written.
-    """
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        try:
-            content = storage.read_bytes(storage.join(directory, INDEX_FILE))
-            marker = storage.read_json(storage.join(directory, MARKER_FILE))
-            if hashlib.sha256(content).hexdigest() != marker["index_sha256"]:
-                raise ValueError("it is not what was written")
-            index = json.loads(content)
-            if index["format"] != FORMAT:
-                raise ValueError(f"format {index['format']!r}, this version reads {FORMAT}")
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            raise DamagedError(f"{storage.join(directory, INDEX_FILE)}: {first_line(error)}") from error
-        self.about: dict[str, Any] = index["about"]
-        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(t["shape"]) for name, t in index["tensors"].items()}
-        self.dtypes = {name: storage.DTYPES[t["dtype"]] for name, t in index["tensors"].items()}
-        self.parts = {
-            name: [
-                _StoredPart(p["file"], p["begin"], p["crc32"], tuple(p["offsets"]), tuple(p["shape"]))
-                for p in tensor["parts"]
-            ]
-            for name, tensor in index["tensors"].items()
-        }
-
-    def read(self, name: str, part: _StoredPart) -> Tensor:
-        """A part's values.
-
-        Raises:
-            DamagedError: they are not as they were written.
-        """
-        path = storage.join(self.directory, part.file)
-        dtype = self.dtypes[name]
-        size = math.prod(part.shape) * dtype.itemsize
-        try:
-            content = storage.read_range(path, part.begin, part.begin + size)
-        except FileNotFoundError as error:
-            raise DamagedError(f"{path} is not there") from error
-        if len(content) != size:
-            raise DamagedError(f"{path} is cut short")
-        if zlib.crc32(content) != part.crc32:
-            raise DamagedError(f"{path} is damaged ({name} has another checksum)")
-        return (
-            torch.frombuffer(bytearray(content), dtype=dtype).reshape(part.shape) if size else torch.empty(part.shape)
-        )
-
-    def whole(self, name: str) -> Tensor:
-        """All values of a tensor. Raises as `read` does."""
-        values = torch.empty(self.shapes[name], dtype=self.dtypes[name])
-        for part in self.parts[name]:
-            _narrowed(values, part.offsets, part.shape).copy_(self.read(name, part))
-        return values
-
-
 class _Planner(SavePlanner):
     """Every part that a process has is written: `Runtime.parts_of` gives each to one process only."""
 
@@ -195,7 +126,12 @@ class _Planner(SavePlanner):
         return SavePlan([item for name, tensor in self._parts.items() for item in _write_items(name, tensor)])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
+        plans, metadata = create_default_global_save_plan(all_plans)
+        for name, tensor in metadata.state_dict_metadata.items():
+            assert isinstance(tensor, TensorStorageMetadata)
+            if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+                raise AssertionError(f"the parts of {name} that processes have are not all of it, each once")
+        return plans, metadata
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
@@ -243,7 +179,7 @@ class _LoadPlanner(LoadPlanner):
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         whole = self._wanted[read_item.dest_index.fqn].parts[_offsets(read_item.dest_index)]
-        return _narrowed(whole, read_item.dest_offsets, read_item.lengths)
+        return narrowed(whole, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         """It was filled in where it is."""
@@ -361,7 +297,7 @@ class _Reader(StorageReader):
             values = self._index.read(place[0], stored[place])
             for item in by_part[place]:
                 target = planner.resolve_tensor(item)
-                target.copy_(_narrowed(values, item.storage_offsets, item.lengths))
+                target.copy_(narrowed(values, item.storage_offsets, item.lengths))
                 planner.commit_tensor(item, target)
 
         with ThreadPoolExecutor(FILES_AT_A_TIME) as threads:
@@ -404,12 +340,6 @@ def _offsets(index: MetadataIndex) -> tuple[int, ...]:
 
 def _part_name(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, _offsets(index)))}"
-
-
-def _narrowed(tensor: Tensor, offsets: Any, lengths: Any) -> Tensor:
-    for dim, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(dim, offset, length)
-    return tensor
 
 
 def _done(value: Any) -> Future[Any]:

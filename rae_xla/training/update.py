@@ -28,12 +28,18 @@ MeanGradients = Callable[[Tensors, Any, dict[str, Tensor]], tuple[Tensors, Tenso
 """(parameters, frozen, batch) -> (gradients, metrics)"""
 
 
-IN_ROW = "skipped_in_row"
-"""The metric that says how many updates up to this one were skipped, one after the other."""
+# Metrics, and the parts of the state that they are: how many updates were skipped, how many of them up to this one, one
+# after the other, how many so at most, and at which step that row began.
+SKIPPED = {
+    "skipped_updates": "skipped",
+    "skipped_in_row": "skipped_in_row",
+    "skipped_longest_row": "longest_row",
+    "skipped_longest_row_began": "longest_row_began",
+}
 
 
 def initial_state(module: nn.Module) -> dict[str, Any]:
-    """Parameters, EMA, AdamW moments, the step counter and numbers of skipped updates, all and last, on the host."""
+    """Parameters, EMA, AdamW moments, the step counter and what `SKIPPED` names, on the host."""
     parameters = parameters_of(module)
     return {
         "parameters": parameters,
@@ -43,6 +49,8 @@ def initial_state(module: nn.Module) -> dict[str, Any]:
         "step": torch.zeros((), dtype=torch.int32),
         "skipped": torch.zeros((), dtype=torch.int32),
         "skipped_in_row": torch.zeros((), dtype=torch.int32),
+        "longest_row": torch.zeros((), dtype=torch.int32),
+        "longest_row_began": torch.zeros((), dtype=torch.int32),
     }
 
 
@@ -134,10 +142,14 @@ def make_update(
                 },
                 "step": state["step"] + 1,
                 "skipped": state["skipped"] + (~finite).to(torch.int32),
-                "skipped_in_row": torch.where(finite, 0, state["skipped_in_row"] + 1).to(torch.int32),
             }
+            in_row = torch.where(finite, 0, state["skipped_in_row"] + 1).to(torch.int32)
+            longer, began = in_row > state["longest_row"], new_state["step"] - in_row + 1
+            new_state["skipped_in_row"] = in_row
+            new_state["longest_row"] = torch.where(longer, in_row, state["longest_row"])
+            new_state["longest_row_began"] = torch.where(longer, began, state["longest_row_began"]).to(torch.int32)
             # As other tensors than the state's own, which the next step consumes before these are read.
-            skipped = {"skipped_updates": new_state["skipped"].float(), IN_ROW: new_state["skipped_in_row"].float()}
+            skipped = {name: new_state[part].float() for name, part in SKIPPED.items()}
         return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, **skipped}
 
     return update

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ class XLARuntime:
         self.num_processes = xr.process_count()
         if self.num_processes > 1 and not dist.is_initialized():
             # For what hosts say to each other beside the programs on their chips: who writes what, who goes away.
-            import torch_xla.distributed.xla_backend
+            importlib.import_module("torch_xla.distributed.xla_backend")
 
             dist.init_process_group("gloo", init_method="xla://")
         self.precision = precision
