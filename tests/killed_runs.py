@@ -48,8 +48,11 @@ def main() -> None:
         number += 1
         while True:
             child = started(recipe, root, number)
-            time.sleep(moments.uniform(0.05, 1.0) * whole_seconds)
-            ended, status = os.waitpid(child, os.WNOHANG)
+            killed_at = time.monotonic() + moments.uniform(0.05, 1.0) * whole_seconds
+            ended = 0
+            while not ended and time.monotonic() < killed_at:
+                time.sleep(0.01)
+                ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 assert os.waitstatus_to_exitcode(status) == 0
                 break
