@@ -148,6 +148,11 @@ def _write_aside(path: str, pieces: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+        directory = os.open(posixpath.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
     finally:
         Path(aside).unlink(missing_ok=True)
 

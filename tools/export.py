@@ -1,7 +1,7 @@
 """Weights out of a run's checkpoint, as one safetensors file: what `tools/train.py` leaves at its end, from any step.
 
-Averaged weights (EMA), or with --raw those that are trained. One tensor after the other is read and written, so memory
-is needed for the largest only.
+Averaged weights (EMA), or with --raw those that are trained. One tensor after the other is read and written; memory is
+needed for some three times the largest, which is one kind of tensor of all blocks.
 """
 
 from __future__ import annotations

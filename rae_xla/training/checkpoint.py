@@ -80,7 +80,13 @@ class Checkpoints:
         Raises:
             UserError: it is of another model.
             DamagedError: it is not as it was written. ``state`` is as it was.
+            StoppedError: other hosts have found another one.
         """
+        if self._group is not None:
+            seen: list[Any] = [None] * self._runtime.num_processes
+            dist.all_gather_object(seen, found.directory, self._group)
+            if len(set(seen)) > 1:
+                raise StoppedError(f"hosts see different checkpoints ({', '.join(sorted(set(seen)))}); try again")
         wanted = self._runtime.parts_wanted(state)
         by_name = _by_name(wanted)
         stored = {name for name in found.shapes if not name.startswith(f"{CONSTANTS}/")}

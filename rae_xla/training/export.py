@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint, one tensor after the other: memory for the largest, whatever the model's size."""
+"""Weights out of a checkpoint, one stored tensor after the other: memory for some three times the largest."""
 
 from __future__ import annotations
 

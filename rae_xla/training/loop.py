@@ -259,7 +259,8 @@ class _Run:
 
     def _stopped(self, error: SourceError, log: MetricsLog) -> StoppedError:
         try:
-            if self.progress.step > (self._checkpoints.newest or 0):
+            # Several hosts save together or not at all, and the others have their images.
+            if self.progress.step > (self._checkpoints.newest or 0) and self._runtime.num_processes == 1:
                 self._save(log)
             self._checkpoints.wait()
         # The bucket that images come from may be the one that checkpoints go to.
