@@ -1,7 +1,7 @@
 """Runs of a training that are killed at random moments, and go on: ``python tests/killed_runs.py RECIPE ROOT KILLS``.
 
 Every run is a process of its own, forked from this one, which has imported everything already. One run is left alone;
-the others are killed, each once or more, until there were KILLS. Prints what was found as JSON.
+the others are killed, each once or more or not at all, until there were KILLS. Prints what was found as JSON.
 """
 
 from __future__ import annotations

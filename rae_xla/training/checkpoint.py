@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from pydantic import Field
+from torch.utils._pytree import tree_flatten_with_path
 
 from rae_xla import storage
 from rae_xla.config import Config
@@ -218,9 +219,10 @@ def _steps(directory: str) -> dict[int, bool]:
     return {step: MARKER_FILE in storage.list_names(step_directory(directory, step)) for step in sorted(steps)}
 
 
-def _by_name(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Parts]:
+def _by_name(tree: Tree) -> dict[str, Parts]:
     """Leaves of nested dicts by their path."""
-    flat: dict[str, Parts] = {}
-    for key, value in tree.items():
-        flat |= {prefix + key: value} if isinstance(value, Parts) else _by_name(value, f"{prefix}{key}/")
-    return flat
+    return {_name(path): parts for path, parts in tree_flatten_with_path(tree)[0]}
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(entry.key) for entry in path)

@@ -69,7 +69,6 @@ class StoredIndex:
             ]
             for name, tensor in index["tensors"].items()
         }
-
         for name, shape in self.shapes.items():
             if sum(math.prod(part.shape) for part in self.parts[name]) != math.prod(shape):
                 raise DamagedError(f"{storage.join(directory, INDEX_FILE)}: the parts of {name} are not all of it")

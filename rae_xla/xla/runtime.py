@@ -37,7 +37,6 @@ class XLARuntime:
         if self.num_processes > 1 and not dist.is_initialized():
             # For what hosts say to each other beside the programs on their chips: who writes what, who goes away.
             importlib.import_module("torch_xla.distributed.xla_backend")
-
             dist.init_process_group("gloo", init_method="xla://")
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
