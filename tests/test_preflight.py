@@ -20,6 +20,7 @@ from rae_xla.preflight.hlo import Module, arrays_of
 from rae_xla.preflight.layout import layout_of
 from rae_xla.preflight.links import Links
 from rae_xla.preflight.programs import programs_of
+from rae_xla.preflight.report import explained
 from rae_xla.preflight.run import Compiled, Job, compile_all
 from rae_xla.preflight.topologies import topology
 from rae_xla.recipe import load_recipe
@@ -216,6 +217,11 @@ def test_the_tool_reports_and_takes_what_is_compiled(
     assert program["name"] == "train" and program["topology"] == "v6e-8" and program["num_chips"] == 8
     hbm, seconds, flops = program["hbm_gib"], program["seconds"], program["flops_per_chip"]
     assert hbm["arguments"] < hbm["peak"] < hbm["capacity"] == 31.25
+    # The copy that a save makes is of the state, which is most of the arguments.
+    assert hbm["peak"] + 0.9 * hbm["arguments"] < hbm["while_saving"] < hbm["peak"] + hbm["arguments"]
+    assert explained(program) == ""
+    crowded = {**program, "hbm_gib": {**hbm, "capacity": hbm["peak"]}}
+    assert "not beside the copy" in explained(crowded) and "checkpoint.copy_on=host" in explained(crowded)
     parts = seconds["compute"] + seconds["exposed_communication"] + seconds["exposed_memory_transfers"]
     assert math.isclose(parts, seconds["step"], rel_tol=1e-6) and seconds["compute"] > 0
     # Nothing is rematerialised here, so the compiled products are those that PyTorch counts by itself.

@@ -1,11 +1,17 @@
-"""Three processes write a tensor in three parts, read other parts of it, and then one of them fails to write."""
+"""Three processes write a tensor in three parts, read other parts of it, then one of them fails to write.
+
+Last they step, and one of them hears that its machine goes away: all have to leave after the same step.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +19,7 @@ import torch.multiprocessing as mp
 
 from rae_xla.runtime import Parts
 from rae_xla.training import stored_parts
+from rae_xla.training.recovery import HEARD_AFTER_STEPS, Agreement
 from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.stored_parts import read_parts, write_parts
 
@@ -44,6 +51,15 @@ def process(rank: int, directory: Path) -> None:
     dist.all_gather_object(complaints, complaint, group)
     if rank == 0:
         (directory / "complaints.json").write_text(json.dumps(complaints))
+    agreement = Agreement(cast(Any, SimpleNamespace(num_processes=3)))
+    # Hosts are at different steps when one of them hears it.
+    for step in range(20):
+        time.sleep(0.01 * rank)
+        if agreement.on(rank == 1 and step >= 4):
+            break
+    left_after: list[Any] = [None] * 3
+    dist.all_gather_object(left_after, step, group)
+    assert left_after == [4 + HEARD_AFTER_STEPS] * 3, left_after
     dist.destroy_process_group()
 
 

@@ -69,6 +69,10 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
         cost = cost_of(found, flops[found.job.program], of_run)
         cost.result["settings"] = list(found.job.overrides[len(arguments.overrides) :])
         cost.result["remedies"] = _remedies(recipe, found.job)
+        if found.job.program == "train" and _copies_on_devices(recipe) and cost.result["fits"]:
+            # What a step replaces in place is the state.
+            hbm = cost.result["hbm_gib"]
+            hbm["while_saving"] = hbm["peak"] + hbm["aliased"]
         costs.append(cost)
     basis = f"{report.BASIS} {report.QUICK}" if arguments.quick else report.BASIS
     shown = _shown(costs, calibration, basis, search=arguments.search)
@@ -143,6 +147,11 @@ def _remedies(recipe: CommonRecipe, job: Job) -> list[str]:
     return [*found, "a smaller data.batch_size", "a larger slice", "or --search, which tries settings"]
 
 
+def _copies_on_devices(recipe: CommonRecipe) -> bool:
+    assert isinstance(recipe, TrainingRecipe)
+    return recipe.checkpoint.asynchronous and recipe.checkpoint.copy_on == "devices"
+
+
 def _images_of_run(recipe: CommonRecipe) -> int:
     assert isinstance(recipe, TrainingRecipe)
     steps_per_epoch = len(open_source(recipe.data, recipe.root, "train")) / recipe.data.batch_size
@@ -161,9 +170,9 @@ def _shown(costs: list[Cost], calibration: list[dict[str, Any]], basis: str, *, 
     for result in results:
         where = report.title_of(result)
         lines += [f"{where}: {problem}" for problem in result.get("layout_problems", [])]
-        if not result["fits"]:
-            lines.append(report.explained(result))
-        elif not search:
+        told = report.explained(result)
+        lines += [told] if told else []
+        if result["fits"] and not search:
             lines.append(f"\n{where}: where the core's time goes")
             shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in result["shares"].items())
             lines.append(f"  {shares}; {100 * result['padding_share']:.0f}% of what is written pads tiles")

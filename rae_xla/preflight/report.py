@@ -44,7 +44,8 @@ td:first-child, th:first-child, td.text { text-align: left } svg { width: 100%; 
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
 {% for part in parts %}
 <h2>{{ part.title }}</h2>
-{% if part.refused %}<p><b>Does not fit.</b> {{ part.refused }}</p>{% else %}
+{% if part.told %}<p><b>Does not fit.</b> {{ part.told }}</p>{% endif %}
+{% if part.timeline %}
 <p class="key">The core's time, from the start of a step to its end:
 {% for name, colour in colours.items() %}<span style="background: {{ colour }}"></span>{{ name }}{% endfor %};
 below: the links between chips.</p>
@@ -94,10 +95,16 @@ def table(rows: list[tuple[str, ...]], headings: tuple[str, ...] = HEADINGS) -> 
 
 
 def explained(result: dict[str, Any]) -> str:
-    """Why a program does not fit, in a line or two; empty if it does."""
-    if result["fits"]:
-        return ""
+    """Why a program does not fit, or not while a checkpoint is saved, in a line or two; empty if it does."""
     hbm = result["hbm_gib"]
+    if result["fits"]:
+        needed = hbm.get("while_saving", 0.0)
+        if needed <= hbm["capacity"]:
+            return ""
+        return (
+            f"{title_of(result)} fits, but not beside the copy that a save makes of its state: {needed:.1f} of "
+            f"{hbm['capacity']:g} GiB a chip. Use checkpoint.copy_on=host, or checkpoint.asynchronous=false"
+        )
     over = hbm["peak"] - hbm["capacity"]
     largest = "; ".join(
         f"{a['gib']:.2f} GiB {a['shape'].split('{')[0]} ({_made_by(a)})" for a in result["largest_allocations"][:4]
@@ -120,7 +127,7 @@ def write_html(directory: Path, recipe: str, costs: list[Cost], basis: str) -> P
     parts = [
         {
             "title": title_of(cost.result),
-            "refused": explained(cost.result),
+            "told": explained(cost.result),
             "timeline": Markup("" if cost.compiled.refusal else _timeline(cost.compiled)),
             "operations": cost.result.get("top_operations", []),
             "collectives": cost.result.get("collectives", []),

@@ -1,4 +1,4 @@
-"""Weights out of a checkpoint, one stored tensor after the other: memory for some three times the largest."""
+"""Weights out of a checkpoint, one stored tensor after the other: memory for the largest, and some 1.5 GB."""
 
 from __future__ import annotations
 

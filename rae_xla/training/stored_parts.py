@@ -55,6 +55,8 @@ from rae_xla.training.stored_index import FORMAT, INDEX_FILE, MARKER_FILE, Store
 # Written at a time, each by a thread of its own.
 FILE_BYTES = 2**30
 FILES_AT_A_TIME = 4
+# A part is checked, and so read, whole: this much is held besides what it is for.
+PART_BYTES = 2**28
 
 PartsByName = Mapping[str, Parts]
 
@@ -68,7 +70,7 @@ def write_parts(directory: str, parts: PartsByName, about: Mapping[str, Any], gr
     try:
         with _one_process_is_enough():
             dcp.save(
-                dict(parts),
+                {name: _in_smaller_parts(tensor) for name, tensor in parts.items()},
                 storage_writer=_Writer(directory, about),
                 planner=_Planner(),
                 process_group=group,
@@ -138,6 +140,19 @@ class _Planner(SavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         return self._parts[write_item.index.fqn].parts[_offsets(write_item.index)]
+
+
+def _in_smaller_parts(tensor: Parts) -> Parts:
+    """The same values, in parts of at most `PART_BYTES` where the first dimension can be split so."""
+    smaller = {}
+    for offsets, values in tensor.parts.items():
+        if values.ndim == 0 or values.nbytes <= PART_BYTES:
+            smaller[offsets] = values
+            continue
+        num_rows = max(1, PART_BYTES // values[0].nbytes)
+        for number, piece in enumerate(values.split(num_rows)):
+            smaller[offsets[0] + number * num_rows, *offsets[1:]] = piece
+    return replace(tensor, parts=smaller)
 
 
 def _write_items(name: str, tensor: Parts) -> Iterator[WriteItem]:
