@@ -158,6 +158,9 @@ class EagerStep:
         self.wait_seconds = 0.0
         self._function = function
 
+    def prepare(self, state: Tree, frozen: Tree, batch: Tree) -> None:
+        """Nothing is compiled."""
+
     def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         """One step. The functions differentiate explicitly, so nothing outside them needs gradients."""
         return self._function(state, frozen, batch)

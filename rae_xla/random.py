@@ -32,6 +32,9 @@ class Purpose(IntEnum):
     IMAGE_SHIFT = 7
     IMAGE_FLIP = 8
     IMAGE_CROP = 9
+    AUGMENT_REAL = 10
+    AUGMENT_FAKE = 11
+    AUGMENT_DECODED = 12
 
 
 def uniform(seed: int, purpose: Purpose, rows: Tensor, shape: tuple[int, ...] = ()) -> Tensor:

@@ -15,6 +15,8 @@ from rae_xla.errors import UserError
 from rae_xla.flow.guidance import GuidanceConfig, NoGuidance
 from rae_xla.flow.sampler import SamplerConfig
 from rae_xla.flow.schedule import FlowConfig, TimeConfig
+from rae_xla.losses.adversarial import AdversarialConfig
+from rae_xla.losses.perceptual import PerceptualConfig
 from rae_xla.models.autoencoder import AutoencoderConfig
 from rae_xla.models.classifier import ConvNetConfig
 from rae_xla.models.diffusion import DiffusionModelConfig
@@ -107,11 +109,13 @@ class LatentNoiseConfig(Config):
 
 
 class AutoencoderRecipe(TrainingRecipe):
-    """Train a decoder on a frozen encoder."""
+    """Train a decoder on a frozen encoder: L1, and LPIPS and an adversarial loss where they are given."""
 
     task: Literal["autoencoder"]
     autoencoder: AutoencoderConfig
     latent_noise: LatentNoiseConfig
+    perceptual: PerceptualConfig | None = None
+    adversarial: AdversarialConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> AutoencoderRecipe:

@@ -43,6 +43,13 @@ class CompiledStep(Protocol):
     wait_seconds: float
     """What its calls have spent waiting for earlier steps so far."""
 
+    def prepare(self, state: Tree, frozen: Tree, batch: Tree) -> None:
+        """Trace and compile, and run nothing: the state stays. A first call does so by itself.
+
+        Raises:
+            RuntimeError: the program does not fit the devices.
+        """
+
     def __call__(self, state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:
         """One step on the device."""
 

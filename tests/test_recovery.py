@@ -31,6 +31,7 @@ from rae_xla.training.checkpoint import complete_steps
 from rae_xla.training.diagnosis import first_not_finite, make_diagnosis
 from rae_xla.training.loop import TrainingTask, run_training
 from rae_xla.training.metrics import read_metrics
+from rae_xla.training.phases import Phase
 from rae_xla.training.tasks import train
 from rae_xla.training.update import initial_state, make_update
 
@@ -138,8 +139,12 @@ def task_with(broken: Broken, root: Path, where: str, *overrides: str) -> tuple[
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
-        update=make_update(module, loss, recipe.train, recipe.compute, 100.0, runtime),
-        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+        phases=(
+            Phase(
+                update=make_update(module, loss, recipe.train, recipe.compute, 100.0, runtime),
+                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+            ),
+        ),
         export=dict,
     )
     return task, recipe, runtime

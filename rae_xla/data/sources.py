@@ -190,6 +190,28 @@ def _digits(image_size: int, split: Split) -> ImageSet:
     return ImageSet(images=np.repeat(enlarged[..., None], 3, axis=3), labels=labels.astype(np.int64), num_classes=10)
 
 
+def _photographs(image_size: int, split: Split) -> ImageSet:
+    """The two photographs of 640x427 pixels that scikit-learn ships (CC BY 2.0), cut into squares that do not overlap.
+
+    The label is the photograph. The split is fixed: the same 20% of the squares are held out whatever the seed.
+    """
+    from sklearn.datasets import load_sample_images
+    from sklearn.model_selection import train_test_split
+
+    squares, labels = [], []
+    for label, photograph in enumerate(load_sample_images().images):
+        height, width = [side // image_size * image_size for side in photograph.shape[:2]]
+        grid = photograph[:height, :width].reshape(height // image_size, image_size, -1, image_size, 3)
+        squares.append(grid.swapaxes(1, 2).reshape(-1, image_size, image_size, 3))
+        labels += [label] * len(squares[-1])
+    parts = train_test_split(
+        np.concatenate(squares), np.array(labels), test_size=HELD_OUT_FRACTION, stratify=labels, random_state=SPLIT_SEED
+    )
+    train_images, heldout_images, train_labels, heldout_labels = parts
+    images, labels = (train_images, train_labels) if split == "train" else (heldout_images, heldout_labels)
+    return ImageSet(images=images, labels=labels.astype(np.int64), num_classes=2)
+
+
 def _synthetic(image_size: int, split: Split) -> ImageSet:
     """One image of noise, as often as ImageNet-1k has images, with its 1,000 labels: to measure all but the input."""
     num_images, num_classes = {"train": 1_281_167, "heldout": 50_000}[split], 1000
@@ -215,5 +237,6 @@ class Source:
 
 SOURCES = {
     "digits": Source(open=_digits, num_classes=10),
+    "photographs": Source(open=_photographs, num_classes=2),
     "synthetic": Source(open=_synthetic, num_classes=1000),
 }

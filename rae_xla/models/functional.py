@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rae_xla.models.blocks import Blocks, RunBlocks
-from rae_xla.models.layers import RMSNorm
+from rae_xla.models.layers import RMSNorm, TokenNorm
 
 Tensors = dict[str, Tensor]
 
 _BLOCK_NUMBER = re.compile(r"(^|\.)(\d+)\.")
-NORMS = (RMSNorm, nn.LayerNorm)
+NORMS = (RMSNorm, TokenNorm, nn.LayerNorm)
 VECTORS = "vectors"
 
 

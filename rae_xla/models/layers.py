@@ -69,6 +69,22 @@ class RMSNorm(nn.Module):
         return (normed * self.weight).to(x.dtype)
 
 
+class TokenNorm(nn.Module):
+    """Zero mean and unit variance over the tokens of each image, in float32 whatever the input's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, D, N] -> [B, D, N], same dtype."""
+        centred = x.float() - x.float().mean(dim=-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (normed * self.weight[:, None] + self.bias[:, None]).to(x.dtype)
+
+
 def rotary_angles(head_width: int, grid: int, theta: float = 10000.0) -> Tensor:
     """Cosines and sines of a rotary position embedding on a square grid, float32 [2, grid * grid, head_width].
 

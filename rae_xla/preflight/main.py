@@ -8,16 +8,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rae_xla.data.sources import open_source
 from rae_xla.errors import UserError
 from rae_xla.preflight import report
 from rae_xla.preflight.calibration import CALIBRATIONS, SMALLEST_SLICE
 from rae_xla.preflight.cost import Cost, cost_of
-from rae_xla.preflight.programs import flops_per_image, programs_of
+from rae_xla.preflight.programs import flops_per_image, num_steps_of, phases_of_training, programs_of
 from rae_xla.preflight.run import DEFAULT_CACHE, Compiled, Job, compile_all
 from rae_xla.preflight.topologies import Topology, topology
 from rae_xla.recipe import CommonRecipe, TrainingRecipe, load_recipe
-from rae_xla.training.optimizer import total_steps
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,7 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
     programs = _chosen(recipe, arguments.program)
     settings: list[tuple[str, ...]] = [()]
     if arguments.search:
-        programs = ["train"]
+        programs = [program for program in programs if program in phases_of_training(recipe)]
         settings = [(), *_alternatives(recipe, topologies)]
     for where in topologies:
         try:
@@ -65,11 +63,11 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
     flops = {program: flops_per_image(recipe, program) for program in programs}
     costs = []
     for found in compiled:
-        of_run = _images_of_run(recipe) if found.job.program == "train" else None
+        of_run = _images_of_run(recipe, found.job.program)
         cost = cost_of(found, flops[found.job.program], of_run)
         cost.result["settings"] = list(found.job.overrides[len(arguments.overrides) :])
         cost.result["remedies"] = _remedies(recipe, found.job)
-        if found.job.program == "train" and _copies_on_devices(recipe) and cost.result["fits"]:
+        if of_run is not None and _copies_on_devices(recipe) and cost.result["fits"]:
             # What a step replaces in place is the state.
             hbm = cost.result["hbm_gib"]
             hbm["while_saving"] = hbm["peak"] + hbm["aliased"]
@@ -136,7 +134,7 @@ def _alternatives(recipe: CommonRecipe, topologies: list[Topology]) -> list[tupl
 
 def _remedies(recipe: CommonRecipe, job: Job) -> list[str]:
     """What may make a program fit that does not, of what is not done already."""
-    if job.program != "train" or not isinstance(recipe, TrainingRecipe):
+    if not isinstance(recipe, TrainingRecipe) or job.program not in phases_of_training(recipe):
         return ["a smaller batch", "a larger slice"]
     found = [] if recipe.compute.remat == "block" else ["compute.remat=block"]
     parts = 2 * recipe.compute.num_microbatches
@@ -152,10 +150,11 @@ def _copies_on_devices(recipe: CommonRecipe) -> bool:
     return recipe.checkpoint.asynchronous and recipe.checkpoint.copy_on == "devices"
 
 
-def _images_of_run(recipe: CommonRecipe) -> int:
-    assert isinstance(recipe, TrainingRecipe)
-    steps_per_epoch = len(open_source(recipe.data, recipe.root, "train")) / recipe.data.batch_size
-    return total_steps(recipe.train, steps_per_epoch) * recipe.data.batch_size
+def _images_of_run(recipe: CommonRecipe, program: str) -> int | None:
+    """Trained on by a training's program; none if it is another."""
+    if not isinstance(recipe, TrainingRecipe) or program not in phases_of_training(recipe):
+        return None
+    return num_steps_of(recipe, program) * recipe.data.batch_size
 
 
 def _shown(costs: list[Cost], calibration: list[dict[str, Any]], basis: str, *, search: bool) -> str:

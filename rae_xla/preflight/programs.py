@@ -7,17 +7,20 @@ A program is started on a runtime whose steps do not run, but raise what is want
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from rae_xla.data.loader import blank_batch
+from rae_xla.data.sources import open_source
 from rae_xla.errors import UserError
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.evaluation.latent_stats import latent_stats
 from rae_xla.evaluation.reconstruction import reconstruct
 from rae_xla.models.loading import without_values
 from rae_xla.recipe import (
+    AutoencoderRecipe,
     CommonRecipe,
     DiffusionRecipe,
     LatentStatsRecipe,
@@ -27,7 +30,10 @@ from rae_xla.recipe import (
 )
 from rae_xla.runtime import CountedProgram, Runtime, TracedProgram, create
 from rae_xla.sharding import MeshConfig
+from rae_xla.training.adversarial import PHASES, PhaseName
+from rae_xla.training.autoencoder import decoder_phases
 from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.optimizer import total_steps
 from rae_xla.training.tasks import task_of
 
 P = TypeVar("P", TracedProgram, CountedProgram)
@@ -42,7 +48,7 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
     """
     programs: dict[str, Callable[[Runtime], Any]] = {}
     if isinstance(recipe, TrainingRecipe):
-        programs["train"] = lambda runtime: _train(recipe, runtime)
+        programs |= {name: partial(_train, recipe, phase) for name, phase in phases_of_training(recipe).items()}
     if isinstance(recipe, DiffusionRecipe | SamplingRecipe):
         programs["sample"] = lambda runtime: _sample(recipe, runtime)
     if isinstance(recipe, LatentStatsRecipe):
@@ -52,6 +58,25 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
     if not programs:
         raise UserError(f"task: {recipe.task!r} has no program to look at")
     return programs
+
+
+def phases_of_training(recipe: CommonRecipe) -> dict[str, PhaseName | None]:
+    """Names of a training's programs, and which of its phases each is, if it has several."""
+    if isinstance(recipe, AutoencoderRecipe) and recipe.adversarial is not None:
+        return {f"train_{phase}": phase for phase in PHASES}
+    return {"train": None} if isinstance(recipe, TrainingRecipe) else {}
+
+
+def num_steps_of(recipe: TrainingRecipe, program: str) -> int:
+    """Of a training's program in the recipe's whole run; none of a phase that it does not come to."""
+    images = open_source(recipe.data, recipe.root, "train")
+    num_steps = total_steps(recipe.train, len(images) / recipe.data.batch_size)
+    if not isinstance(recipe, AutoencoderRecipe):
+        return num_steps
+    begins = decoder_phases(recipe, images)
+    ends = [*[phase.after for phase in begins[1:]], num_steps]
+    wanted = phases_of_training(recipe)[program]
+    return next((end - phase.after for phase, end in zip(begins, ends, strict=True) if wanted in (None, phase.name)), 0)
 
 
 def traced(recipe: CommonRecipe, program: str, num_chips: int) -> TracedProgram:
@@ -87,10 +112,14 @@ def _start(recipe: CommonRecipe, program: str, runtime: Runtime) -> None:
         programs_of(recipe)[program](runtime)
 
 
-def _train(recipe: TrainingRecipe, runtime: Runtime) -> None:
+def _train(recipe: TrainingRecipe, name: PhaseName | None, runtime: Runtime) -> None:
     task = task_of(recipe, runtime)
-    state, frozen = runtime.place_state(task.state), runtime.place_frozen(task.frozen)
-    runtime.compile(task.update, task.name)(state, frozen, runtime.place_batch(blank_batch(task.images, recipe.data)))
+    phase = next((phase for phase in task.phases if name is None or phase.name == f"decoder_{name}"), None)
+    if phase is None:
+        raise UserError(f"--program: this recipe's {task.num_steps} steps have none of the phase {name}")
+    state, frozen = runtime.place_state(phase.touched(task.state)), runtime.place_frozen(task.frozen)
+    batch = runtime.place_batch(blank_batch(task.images, recipe.data))
+    runtime.compile(phase.update, phase.name or task.name)(state, frozen, batch)
 
 
 def _sample(recipe: DiffusionRecipe | SamplingRecipe, runtime: Runtime) -> None:

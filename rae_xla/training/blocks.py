@@ -56,12 +56,18 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
             return runtime.split_batch(functional_call(block, own, (x, *given)))
 
         x = runtime.split_batch(x)
+        if config.blocks == "scan" and not torch.is_grad_enabled():
+
+            def body(x: Tensor, own: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
+                return function(x, *shared, *own), []
+
+            return runtime.scan(body, x, list(values.values()), list(shared))[0]
         if config.blocks == "scan":
             return _Scanned.apply(
                 function, _KEEPERS[config.remat](), runtime, len(shared), x, *shared, *values.values()
             )
         for own in zip(*[value.unbind(0) for value in values.values()], strict=True):
-            if config.remat == "none":
+            if config.remat == "none" or not torch.is_grad_enabled():
                 x = function(x, *shared, *own)
             else:
                 x = _Recomputed.apply(function, _KEEPERS[config.remat](), runtime, x, *shared, *own)

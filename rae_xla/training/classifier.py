@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,8 @@ from rae_xla.runtime import Runtime
 from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.update import initial_state, make_update
+from rae_xla.training.phases import Phase
+from rae_xla.training.update import Model, initial_state, make_update
 
 
 def _create(recipe: ClassifierRecipe, num_classes: int) -> EncoderClassifier | ConvNet:
@@ -32,7 +32,7 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
     module = initialised(lambda: _create(recipe, images.num_classes), recipe.seed)
     steps_per_epoch = len(images) / recipe.data.batch_size
 
-    def loss(model: Callable[..., Tensor], _: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: Model, _: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         logits = model(to_unit(batch["images"]))
         labels = batch["labels"].long()
         value = functional.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
@@ -51,7 +51,11 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
-        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
-        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+        phases=(
+            Phase(
+                update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
+                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+            ),
+        ),
         export=export,
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rae_xla.models.functional import Tensors, by_module_names, call
 from rae_xla.runtime import Runtime
 from rae_xla.training.blocks import ComputeConfig
-from rae_xla.training.update import Loss, StepFunction, make_mean_gradients
+from rae_xla.training.update import Loss, Model, StepFunction, make_mean_gradients
 
 
 def make_diagnosis(module: nn.Module, loss: Loss, compute: ComputeConfig, runtime: Runtime) -> StepFunction:
@@ -29,13 +29,13 @@ def make_diagnosis(module: nn.Module, loss: Loss, compute: ComputeConfig, runtim
             found = {f"parameter {n}": _finite(v) for n, v in by_module_names(module, parameters).items()}
             found |= {f"batch: {name}": _finite(v) for name, v in batch.items() if v.is_floating_point()}
 
-            def model(*arguments: Tensor) -> Tensor:
+            def forward(*arguments: Tensor) -> Tensor:
                 given = [argument for argument in arguments if argument.is_floating_point()]
                 found.update({f"input {number} of the model": _finite(value) for number, value in enumerate(given)})
                 with _outputs_of(module, found):
                     return call(module, {**frozen["buffers"], **parameters}, runtime, *arguments)
 
-            found["loss"] = _finite(loss(model, frozen, batch)[0])
+            found["loss"] = _finite(loss(Model(forward, parameters), frozen, batch)[0])
         gradients, _ = mean_gradients_of(parameters, frozen, batch)
         with torch.no_grad():
             # Backwards: the first that is computed belongs to the last that was used.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,8 @@ from rae_xla.runtime import Runtime
 from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.update import initial_state, make_update
+from rae_xla.training.phases import Phase
+from rae_xla.training.update import Model, initial_state, make_update
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
     shift = recipe.flow.shift_for(latent_shape)
     logger.info("latents %s, time shift %.4f", list(latent_shape), shift)
 
-    def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: Model, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = batch["positions"]
         with torch.no_grad():
             if encoder is None:
@@ -69,8 +69,12 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), **({} if encoder is None else {"encoder": tensors_of(encoder)})},
-        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
-        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+        phases=(
+            Phase(
+                update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
+                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+            ),
+        ),
         export=lambda ema: {**module.state_dict(), **ema},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

@@ -24,11 +24,11 @@ from rae_xla.training.checkpoint import CHECKPOINTS, Checkpoints, Progress
 from rae_xla.training.diagnosis import first_not_finite
 from rae_xla.training.export import described_weights, export_weights
 from rae_xla.training.metrics import MetricsLog
+from rae_xla.training.phases import Phase, Programs
 from rae_xla.training.profile import StepProfiler
 from rae_xla.training.recovery import Agreement, BadSteps, Interruption, Watchdog
 from rae_xla.training.same_run import check_same_run, described
 from rae_xla.training.stored_index import DamagedError, StoredIndex
-from rae_xla.training.update import StepFunction
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +47,8 @@ class TrainingTask:
     """The architecture of what is trained."""
     state: dict[str, Any]
     frozen: dict[str, Any]
-    update: StepFunction
-    diagnosis: StepFunction
-    """See `rae_xla.training.diagnosis`."""
+    phases: tuple[Phase, ...]
+    """In order; the first begins with the run."""
     export: Callable[[Any], dict[str, Any]]
     """From averaged weights by their names in the module to what the file of weights holds; it reads no values."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -81,7 +80,7 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
         "images": task.num_steps * recipe.data.batch_size,
         "last": run.last_metrics,
         "parameters": sum(value.numel() for value in task.state["parameters"].values()),
-        "compile_seconds": run.update.compile_seconds,
+        "compile_seconds": run.programs.compile_seconds,
         "resumed_from_step": begun_at,
         "rollbacks": run.progress.rollbacks,
         "seconds": round(time.perf_counter() - started, 2),
@@ -104,7 +103,7 @@ class _Run:
         self._checkpoints_directory = storage.join(self.directory, CHECKPOINTS)
         sources = {"data.source": task.images.path} if isinstance(task.images, ShardedImages) else {}
         self._inputs = described({**task.inputs, **sources})
-        self.update = runtime.compile(task.update, task.name)
+        self.programs = Programs(task.phases, task.name, runtime)
         self._agreement = Agreement(runtime)
         self._changes: list[tuple[str, Any, Any]] = []
         self.progress = Progress(0)
@@ -189,10 +188,11 @@ class _Run:
                 # A signal to all of a job's processes ends those that read first.
                 raise (stopped if interruption.reason is None else PreemptedError(str(stopped))) from error
             with log.timed("host"):
-                self._state, metrics = self.update(self._state, self._frozen, batch)
+                self.programs.prepare(step, self._state, self._frozen, batch, watchdog.step)
+                self._state, metrics = self.programs(step, self._state, self._frozen, batch)
             self.progress = replace(self.progress, step=step)
             log.count(counts)
-            log.add(step, metrics, self.update.wait_seconds)
+            log.add(step, metrics, self.programs.wait_seconds)
             profiler.after(step)
             watchdog.step()
             began = bad_steps.row_began(step, metrics)
@@ -246,8 +246,9 @@ class _Run:
         )  # fmt: skip
 
     def _not_finite(self, batch: Any) -> StoppedError:
-        diagnosis = self._runtime.compile(self._task.diagnosis, f"{self._task.name}_diagnosis")
-        frozen = {**self._frozen, "parameters": self._state["parameters"]}
+        phase = self.programs.at(self.progress.step)
+        diagnosis = self._runtime.compile(phase.diagnosis, f"{self._task.name}_diagnosis")
+        frozen = {**self._frozen, **phase.diagnosed(self._state)}
         first = first_not_finite(self._runtime.to_host(diagnosis({}, frozen, batch)[1]))
         found = (
             "all tensors of the last batch are finite" if first is None else f"the first tensor that is not: {first}"

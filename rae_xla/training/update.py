@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +20,22 @@ from rae_xla.training.blocks import ComputeConfig, make_run_blocks
 from rae_xla.training.ema import decay_at, update_ema
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 
-Loss = Callable[[Callable[..., Tensor], Any, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
-"""(model, frozen, batch) -> (scalar loss, metrics), means over the batch; ``model`` is called like the module. What it
-reads of other tensors it takes from ``frozen`` and ``batch``."""
+
+@dataclass(frozen=True)
+class Model:
+    """A module with values: called like the module, with ``parameters``, packed, that gradients are taken of."""
+
+    forward: Callable[..., Tensor]
+    parameters: Tensors
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """What the module gives."""
+        return self.forward(*arguments)
+
+
+Loss = Callable[[Model, Any, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+"""(model, frozen, batch) -> (scalar loss, metrics), means over the batch. What it reads of other tensors it takes from
+``frozen`` and ``batch``. A ``loss`` among the metrics is shown in place of the scalar that gradients are taken of."""
 StepFunction = Callable[[Any, Any, Any], tuple[Any, Any]]
 """(state, frozen, batch) -> (state, what it measured)"""
 MeanGradients = Callable[[Tensors, Any, dict[str, Tensor]], tuple[Tensors, Tensors]]
@@ -40,17 +54,25 @@ SKIPPED = {
 
 def initial_state(module: nn.Module) -> dict[str, Any]:
     """Parameters, EMA, AdamW moments, the step counter and what `SKIPPED` names, on the host."""
-    parameters = parameters_of(module)
+    state = optimizer_state(module)
     return {
-        "parameters": parameters,
-        "ema": {name: value.clone() for name, value in parameters.items()},
-        "first_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
-        "second_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
+        **state,
+        "ema": {name: value.clone() for name, value in state["parameters"].items()},
         "step": torch.zeros((), dtype=torch.int32),
         "skipped": torch.zeros((), dtype=torch.int32),
         "skipped_in_row": torch.zeros((), dtype=torch.int32),
         "longest_row": torch.zeros((), dtype=torch.int32),
         "longest_row_began": torch.zeros((), dtype=torch.int32),
+    }
+
+
+def optimizer_state(module: nn.Module) -> dict[str, Any]:
+    """Parameters and AdamW moments, on the host."""
+    parameters = parameters_of(module)
+    return {
+        "parameters": parameters,
+        "first_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
+        "second_moments": {name: torch.zeros_like(value) for name, value in parameters.items()},
     }
 
 
@@ -70,12 +92,12 @@ def make_mean_gradients(module: nn.Module, loss: Loss, compute: ComputeConfig, r
     def gradients_of(parameters: Tensors, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
 
-        def model(*arguments: Tensor) -> Tensor:
+        def forward(*arguments: Tensor) -> Tensor:
             values = {**frozen["buffers"], **leaves}
             return call(module, values, runtime, *arguments, run_blocks=run_blocks)
 
         with torch.enable_grad():
-            value, metrics = loss(model, frozen, batch)
+            value, metrics = loss(Model(forward, leaves), frozen, batch)
         gradients = torch.autograd.grad(value, list(leaves.values()))
         measured = {"loss": value, **metrics}
         return dict(zip(leaves, gradients, strict=True)), {name: m.detach() for name, m in measured.items()}
@@ -122,37 +144,43 @@ def make_update(
     ) -> tuple[dict[str, Any], Tensors]:
         gradients, metrics = mean_gradients_of(state["parameters"], frozen, batch)
         with torch.no_grad():
-            gradients, norm = clip_by_global_norm(gradients, config.clip_norm)
             rate = learning_rate_at(state["step"], config, steps_per_epoch)
             # The learning rate follows the run, bias correction and EMA the updates that were made.
-            updates = state["step"] - state["skipped"]
-            moments = state["first_moments"], state["second_moments"]
-            parameters, first, second = adamw(state["parameters"], gradients, *moments, updates, rate, config)
-            finite = metrics["loss"].isfinite() & norm.isfinite()
-            updated = {
-                "parameters": parameters,
-                "ema": update_ema(state["ema"], parameters, decay_at(updates, config)),
-                "first_moments": first,
-                "second_moments": second,
-            }
-            new_state = {
-                **{
-                    part: {name: torch.where(finite, new, state[part][name]) for name, new in tensors.items()}
-                    for part, tensors in updated.items()
-                },
-                "step": state["step"] + 1,
-                "skipped": state["skipped"] + (~finite).to(torch.int32),
-            }
-            in_row = torch.where(finite, 0, state["skipped_in_row"] + 1).to(torch.int32)
-            longer, began = in_row > state["longest_row"], new_state["step"] - in_row + 1
-            new_state["skipped_in_row"] = in_row
-            new_state["longest_row"] = torch.where(longer, in_row, state["longest_row"])
-            new_state["longest_row_began"] = torch.where(longer, began, state["longest_row_began"]).to(torch.int32)
-            # As other tensors than the state's own, which the next step consumes before these are read.
-            skipped = {name: new_state[part].float() for name, part in SKIPPED.items()}
+            done = state["step"] - state["skipped"]
+            updated, norm = optimized(state, gradients, done, rate, config)
+            updated["ema"] = update_ema(state["ema"], updated["parameters"], decay_at(done, config))
+            new_state, skipped = committed(state, updated, metrics["loss"].isfinite() & norm.isfinite())
         return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, **skipped}
 
     return update
+
+
+def optimized(
+    state: dict[str, Any], gradients: Tensors, done: Tensor, rate: Tensor, config: OptimizerConfig
+) -> tuple[dict[str, Any], Tensor]:
+    """An `optimizer_state` after one more update than the ``done`` ones, and the gradients' norm before clipping."""
+    gradients, norm = clip_by_global_norm(gradients, config.clip_norm)
+    moments = state["first_moments"], state["second_moments"]
+    parameters, first, second = adamw(state["parameters"], gradients, *moments, done, rate, config)
+    return {"parameters": parameters, "first_moments": first, "second_moments": second}, norm
+
+
+def committed(state: dict[str, Any], updated: dict[str, Any], finite: Tensor) -> tuple[dict[str, Any], Tensors]:
+    """The state with these of its parts, if they are finite, and its counters moved on; the metrics in `SKIPPED`."""
+    parts = {part: state[part] for part in updated}
+    in_row = torch.where(finite, 0, state["skipped_in_row"] + 1).to(torch.int32)
+    step = state["step"] + 1
+    longer, began = in_row > state["longest_row"], step - in_row + 1
+    new_state = {
+        **tree_map(lambda new, old: torch.where(finite, new, old), updated, parts),
+        "step": step,
+        "skipped": state["skipped"] + (~finite).to(torch.int32),
+        "skipped_in_row": in_row,
+        "longest_row": torch.where(longer, in_row, state["longest_row"]),
+        "longest_row_began": torch.where(longer, began, state["longest_row_began"]).to(torch.int32),
+    }
+    # As other tensors than the state's own, which the next step consumes before these are read.
+    return new_state, {name: new_state[part].float() for name, part in SKIPPED.items()}
 
 
 def split_in_parts(tensor: Tensor, num_parts: int) -> Tensor:

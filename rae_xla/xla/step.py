@@ -10,6 +10,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -59,14 +60,12 @@ class CompiledStep:
         """
         inputs = {"state": state, "frozen": frozen, "batch": batch}
         tensors, spec = tree_flatten(inputs)
-        first = self._traced is None
+        first = not self._known
         if self._traced is None:
-            traced = _Inputs(inputs)
-            self._trace(tensors, spec)
-            self._traced = traced
+            self.prepare(state, frozen, batch)
         else:
             self._traced.check(self.name, inputs, tensors, spec, self._known)
-        assert self._replay is not None
+        assert self._replay is not None and self._traced is not None
         compiled_before = num_compilations()
         results = self._replay(*tensors)
         results = [results] if isinstance(results, Tensor) else list(results)
@@ -79,6 +78,13 @@ class CompiledStep:
         self._drop_consumed(tensors[: self._num_state])
         new_state, outputs = tree_unflatten(results, self._output_spec)
         return new_state, outputs
+
+    def prepare(self, state: Any, frozen: Any, batch: Any) -> None:
+        """See `rae_xla.runtime.CompiledStep`."""
+        inputs = {"state": state, "frozen": frozen, "batch": batch}
+        traced = _Inputs(inputs)
+        self._trace(*tree_flatten(inputs))
+        self._traced = traced
 
     def _drop_consumed(self, newest: list[Tensor]) -> None:
         self._consumed.append(newest)
@@ -125,12 +131,12 @@ class _Inputs:
         self._shardings = _shardings(tensors)
 
     def check(self, step: str, inputs: Any, tensors: list[Tensor], spec: Any, known: list[Tensor]) -> None:
-        """Raises a RuntimeError that names what differs; tensors that are those in ``known`` do not."""
+        """Raises a RuntimeError that names what differs; tensors that are those in ``known``, if any, do not."""
         if spec != self._spec:
             names = {_name(path) for path, _ in tree_flatten_with_path(inputs)[0]}
             different = sorted(names.symmetric_difference(self._names)) or ["the order of the inputs"]
             raise RuntimeError(f"{step}: {different[0]} was not the same when this was traced")
-        for index, (tensor, last) in enumerate(zip(tensors, known, strict=True)):
+        for index, (tensor, last) in enumerate(zip_longest(tensors, known)):
             if tensor is last:
                 continue
             shape, dtype = self._kinds[index]

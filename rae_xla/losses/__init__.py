@@ -1,0 +1,1 @@
+"""What a decoder is trained to make small, besides the pixels' difference."""
