@@ -10,7 +10,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from rae_xla import storage
 from rae_xla.config import Config, apply_overrides, describe_errors, read_yaml
-from rae_xla.data.sources import DataConfig
+from rae_xla.data.sources import SOURCES, DataConfig
 from rae_xla.errors import UserError
 from rae_xla.flow.guidance import GuidanceConfig, NoGuidance
 from rae_xla.flow.sampler import SamplerConfig
@@ -25,6 +25,7 @@ from rae_xla.precision import Precision
 from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig
+from rae_xla.training.heldout import HeldoutConfig
 from rae_xla.training.metrics import LogConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.profile import ProfileConfig
@@ -116,11 +117,14 @@ class AutoencoderRecipe(TrainingRecipe):
     latent_noise: LatentNoiseConfig
     perceptual: PerceptualConfig | None = None
     adversarial: AdversarialConfig | None = None
+    heldout: HeldoutConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> AutoencoderRecipe:
         _check_raw_features(self.autoencoder)
         _check_image_size(self.autoencoder, self.data.image_size)
+        if self.heldout is not None and self.heldout.source is None and self.data.source not in SOURCES:
+            raise ValueError(f"heldout.source: {self.data.source} has no split of its own; give another manifest")
         return self
 
 

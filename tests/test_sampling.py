@@ -16,7 +16,8 @@ from torch import nn
 
 from rae_xla.errors import UserError
 from rae_xla.evaluation.generation import Sampler
-from rae_xla.evaluation.reconstruction import VGG_FILE, lpips, psnr, read_image, ssim
+from rae_xla.evaluation.reconstruction import VGG_FILE, lpips, read_image
+from rae_xla.evaluation.similarity import as_unit, psnr, ssim
 from rae_xla.models.autoencoder import AutoencoderConfig
 from rae_xla.models.convert.released import layout_of, to_released
 from rae_xla.models.decoder import Decoder
@@ -164,8 +165,8 @@ def test_reconstruct_writes_images_beside_their_reconstructions(
     assert result["num_images"] == 2 and result["lpips"] is None
     sheet = np.asarray(Image.open(tmp_path / "out" / "000_photo.png"))
     original, made = sheet[2:34, 2:34], sheet[2:34, 36:68]
-    assert result["images"][0]["psnr"] == pytest.approx(psnr(original[None], made[None])[0])
-    assert result["images"][0]["ssim"] == pytest.approx(ssim(original[None], made[None])[0])
+    assert result["images"][0]["psnr"] == pytest.approx(psnr(as_unit(original[None]), as_unit(made[None])).item())
+    assert result["images"][0]["ssim"] == pytest.approx(ssim(as_unit(original[None]), as_unit(made[None])).item())
     code, _, errors = run_tool("reconstruct", str(root / "recipe.yaml"), str(tmp_path / "text.png"))
     assert code == 2 and "text.png cannot be read (no image of a known kind)" in errors and errors.count("\n") == 1
     with pytest.raises(UserError, match="cannot be read"):
@@ -193,8 +194,8 @@ def test_ssim_equals_its_definition() -> None:
                     (window * x * y).sum() - mx * my,
                 )
                 values.append((2 * mx * my + 1e-4) * (2 * c + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
-    assert ssim(first, second)[0] == pytest.approx(np.mean(values), abs=1e-9)
-    assert ssim(first, first)[0] == pytest.approx(1.0)
+    assert ssim(as_unit(first), as_unit(second)).item() == pytest.approx(np.mean(values), abs=1e-9)
+    assert ssim(as_unit(first), as_unit(first)).item() == pytest.approx(1.0)
 
 
 def test_lpips_is_left_out_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

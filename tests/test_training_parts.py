@@ -26,8 +26,8 @@ from rae_xla.precision import effective_precision
 from rae_xla.recipe import LatentNoiseConfig, load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.autoencoder import latent_noise
 from rae_xla.training.blocks import ComputeConfig
+from rae_xla.training.decoder_losses import latent_noise
 from rae_xla.training.ema import decay_at
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at

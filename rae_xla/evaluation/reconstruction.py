@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from rae_xla import storage
@@ -16,14 +15,14 @@ from rae_xla.data.transforms import centre_crop, decoded, to_bytes, to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.evaluation.files import contact_sheet, write_png
+from rae_xla.evaluation.similarity import SSIM_BORDER, as_unit, psnr, ssim
+from rae_xla.losses.perceptual import load_perceptual_distance
 from rae_xla.models.autoencoder import AutoencoderConfig, load_latent_decoder, load_latent_encoder
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.runtime import Runtime
 
 # torchvision's ImageNet weights, which the LPIPS of the papers stands on, where torch.hub keeps them.
 VGG_FILE = "vgg16-397923af.pth"
-SSIM_SIGMA = 1.5
-SSIM_BORDER = 5
 
 
 def reconstruct(
@@ -60,8 +59,8 @@ def reconstruct_files(
     originals = np.stack([centre_crop(read_image(file), config.image_size) for file in files])
     images = reconstruct(config, root, originals, min(len(files), 8), runtime)
     values: dict[str, np.ndarray | None] = {
-        "psnr": psnr(originals, images),
-        "ssim": ssim(originals, images) if config.image_size > 2 * SSIM_BORDER else None,
+        "psnr": psnr(as_unit(originals), as_unit(images)).numpy(),
+        "ssim": ssim(as_unit(originals), as_unit(images)).numpy() if config.image_size > 2 * SSIM_BORDER else None,
         "lpips": lpips(originals, images),
     }
     rows = []
@@ -87,55 +86,14 @@ def read_image(path: str) -> Image.Image:
         raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
 
 
-def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image in dB, float64 [n]; uint8 [n, H, W, 3] both."""
-    difference = (originals.astype(np.float64) - reconstructions) / 255.0
-    errors = np.square(difference).reshape(len(originals), -1).mean(axis=1)
-    return -10.0 * np.log10(np.maximum(errors, 1e-10))
-
-
-def ssim(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
-    """Structural similarity of each image, float64 [n]; uint8 [n, H, W, 3] both.
-
-    Wang et al. 2004: Gaussian window of standard deviation 1.5 and 11 pixels, on each channel, population variances;
-    the mean leaves out a border of 5 pixels, as scikit-image's does. Libraries that pad and keep the border give other
-    numbers.
-    """
-    return np.array([_ssim(*pair) for pair in zip(originals / 255.0, reconstructions / 255.0, strict=True)])
-
-
-def _ssim(first: np.ndarray, second: np.ndarray) -> float:
-    def blurred(image: np.ndarray) -> np.ndarray:
-        return gaussian_filter(image, (SSIM_SIGMA, SSIM_SIGMA, 0), radius=(SSIM_BORDER, SSIM_BORDER, 0))
-
-    mean1, mean2 = blurred(first), blurred(second)
-    variance1, variance2 = blurred(first * first) - mean1**2, blurred(second * second) - mean2**2
-    covariance = blurred(first * second) - mean1 * mean2
-    luminance = (2 * mean1 * mean2 + 0.01**2) / (mean1**2 + mean2**2 + 0.01**2)
-    structure = (2 * covariance + 0.03**2) / (variance1 + variance2 + 0.03**2)
-    inner = slice(SSIM_BORDER, -SSIM_BORDER)
-    return float((luminance * structure)[inner, inner].mean())
-
-
 def lpips(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray | None:
-    """LPIPS with VGG (arXiv 1801.03924) of each image, float64 [n]; uint8 [n, H, W, 3] both.
+    """LPIPS with VGG of each image, float32 [n]; uint8 [n, H, W, 3] both.
 
     ``None`` if VGG's weights are not in torch.hub's folder of checkpoints; nothing is downloaded.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
     if not file.exists():
         return None
-    from lpips import LPIPS
-
-    # Left to itself it would have torchvision unpickle the file.
-    vgg = storage.read_pickle(str(file), "LPIPS")
-    network = LPIPS(net="vgg", pnet_rand=True, verbose=False).eval()
-    with torch.no_grad():
-        for name, parameter in network.net.named_parameters():
-            _, index, kind = name.split(".")
-            parameter.copy_(vgg[f"features.{index}.{kind}"])
-        pairs = [
-            [to_unit(torch.from_numpy(image[None])) * 2 - 1 for image in pair]
-            for pair in zip(originals, reconstructions, strict=True)
-        ]
-        return np.array([network(*pair).item() for pair in pairs])
+    network = load_perceptual_distance(str(file), "LPIPS")
+    pairs = zip(as_unit(originals).float(), as_unit(reconstructions).float(), strict=True)
+    return np.array([network(2 * first[None] - 1, 2 * second[None] - 1).item() for first, second in pairs])

@@ -22,7 +22,8 @@ from rae_xla.evaluation.distances import (
     nearest_neighbour_distances,
 )
 from rae_xla.evaluation.files import contact_sheet, read_samples, write_png
-from rae_xla.evaluation.reconstruction import psnr, reconstruct
+from rae_xla.evaluation.reconstruction import reconstruct
+from rae_xla.evaluation.similarity import as_unit, psnr
 from rae_xla.models.classifier import ConvNet
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import load_weights
@@ -119,4 +120,4 @@ def evaluate_reconstruction(recipe: EvaluationRecipe, runtime: Runtime, num_show
         pairs = [part[row : row + columns] for row in (0, columns) for part in (originals, reconstructions)]
         save_recipe(recipe, run_dir)
         write_png(storage.join(run_dir, "reconstructions.png"), contact_sheet(np.concatenate(pairs), columns))
-    return {"psnr": float(psnr(originals, reconstructions).mean()), "num_images": len(originals)}
+    return {"psnr": float(psnr(as_unit(originals), as_unit(reconstructions)).mean()), "num_images": len(originals)}

@@ -22,7 +22,7 @@ class Moment(Config):
     @model_validator(mode="after")
     def _one(self) -> Moment:
         if (self.epoch is None) == (self.step is None):
-            raise ValueError("give either epoch or step")
+            raise ValueError("give either epoch or step, the other null")
         return self
 
     def in_steps(self, steps_per_epoch: float) -> int:

@@ -27,6 +27,7 @@ from rae_xla.models.functional import Tensors
 from rae_xla.models.layers import TokenNorm
 from rae_xla.models.loading import assign_weights, on_meta, values_wanted
 from rae_xla.models.pretrained import pretrained_weights
+from rae_xla.models.resize import resize_bilinear
 
 NORM_EPS = 1e-6
 SLOPE = 0.2
@@ -99,8 +100,7 @@ class DinoFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [-1, 1] -> [H, B, D, N]: of the last block, then of each feature block."""
         size, blocks = self.config.input_size, self.config.feature_blocks
-        resized = functional.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-        pixels = ((resized + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std
+        pixels = ((resize_bilinear(images, size) + 1.0) / 2.0 - self.pixel_mean) / self.pixel_std
         backbone: Any = self.backbone
         x = backbone.patch_embed(pixels.to(backbone.patch_embed.proj.weight.dtype))
         x = backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(x)))

@@ -17,12 +17,14 @@ from rae_xla.data.loader import training_batches
 from rae_xla.data.prefetch import Prefetched
 from rae_xla.data.sources import ImageSet, ShardedImages
 from rae_xla.errors import PreemptedError, SourceError, StoppedError, UserError, first_line
+from rae_xla.evaluation.files import contact_sheet, write_png
 from rae_xla.recipe import TrainingRecipe, save_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
 from rae_xla.training.checkpoint import CHECKPOINTS, Checkpoints, Progress
 from rae_xla.training.diagnosis import first_not_finite
 from rae_xla.training.export import described_weights, export_weights
+from rae_xla.training.heldout import HeldoutReconstruction
 from rae_xla.training.metrics import MetricsLog
 from rae_xla.training.phases import Phase, Programs
 from rae_xla.training.profile import StepProfiler
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.json"
 METRICS_FILE = "metrics.jsonl"
+SAMPLES = "samples"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class TrainingTask:
     frozen: dict[str, Any]
     phases: tuple[Phase, ...]
     """In order; the first begins with the run."""
+    heldout: HeldoutReconstruction | None = None
+    """What scores the run while it trains."""
     export: Callable[[Any], dict[str, Any]]
     """From averaged weights by their names in the module to what the file of weights holds; it reads no values."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -106,6 +111,7 @@ class _Run:
         self.programs = Programs(task.phases, task.name, runtime)
         self._agreement = Agreement(runtime)
         self._changes: list[tuple[str, Any, Any]] = []
+        self._is_prepared = False
         self.progress = Progress(0)
         self.last_metrics: dict[str, float] = {}
 
@@ -188,7 +194,8 @@ class _Run:
                 # A signal to all of a job's processes ends those that read first.
                 raise (stopped if interruption.reason is None else PreemptedError(str(stopped))) from error
             with log.timed("host"):
-                self.programs.prepare(step, self._state, self._frozen, batch, watchdog.step)
+                if not self._is_prepared:
+                    self._prepare(step, batch, watchdog)
                 self._state, metrics = self.programs(step, self._state, self._frozen, batch)
             self.progress = replace(self.progress, step=step)
             log.count(counts)
@@ -198,6 +205,9 @@ class _Run:
             began = bad_steps.row_began(step, metrics)
             if began is not None:
                 return began, batch
+            if self._task.heldout is not None and self._task.heldout.is_due(step, num_steps):
+                self._look_at_heldout(self._task.heldout, log)
+                watchdog.step()
             is_due |= step % recipe.checkpoint.every_steps == 0
             leaves = self._agreement.on(interruption.reason is not None)
             if is_due or leaves or step == num_steps:
@@ -207,6 +217,22 @@ class _Run:
                 reason = interruption.reason or "another host goes away"
                 raise PreemptedError(f"{reason}: {self._where_saved()}, the same command goes on from there")
         return None
+
+    def _prepare(self, step: int, batch: Any, watchdog: Watchdog) -> None:
+        """Compile all that is still to come, so that nothing fails for the first time after days."""
+        self.programs.prepare(step, self._state, self._frozen, batch, watchdog.step)
+        if self._task.heldout is not None:
+            self._task.heldout.prepare(self._state, self._frozen)
+            watchdog.step()
+        self._is_prepared = True
+
+    def _look_at_heldout(self, heldout: HeldoutReconstruction, log: MetricsLog) -> None:
+        with log.timed("heldout"):
+            scores = heldout(self._state, self._frozen)
+        log.add_heldout(self.progress.step, scores.values)
+        if len(scores.pictures) and self._runtime.process_index == 0:
+            sheet = contact_sheet(scores.pictures, len(scores.pictures) // 2)
+            write_png(storage.join(self.directory, SAMPLES, f"reconstructions_{self.progress.step:08d}.png"), sheet)
 
     def _save(self, log: MetricsLog) -> bool:
         """Save this step, unless it is one of bad ones, which a run may have to go back behind; not so the last."""

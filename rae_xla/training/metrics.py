@@ -3,10 +3,11 @@
 Values stay on the device until a later step has been started, so reading them never makes the devices wait.
 
 A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` waiting
-for the batch, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms`` saving, out
-of ``step_ms``. A run that hardly waits for its devices is held up by its host or its input. The first line holds the
-compilation. ``input_retries_*`` and ``input_unreadable`` count requests that were tried again and images that could not
-be decoded, on the first host since the run was started.
+for the batch, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms`` saving,
+``heldout_ms`` looking at held-out images, out of ``step_ms``. A run that hardly waits for its devices is held up by
+its host or its input. The first line holds the compilation. ``input_retries_*`` and ``input_unreadable`` count requests
+that were tried again and images that could not be decoded, on the first host since the run was started. Scores on
+held-out images, ``heldout_*``, have lines of their own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ READ_BEHIND_STEPS = 2
 WRITE_EVERY_SECONDS = 30.0
 
 
-Part = Literal["input", "host", "device_wait", "checkpoint"]
+Part = Literal["input", "host", "device_wait", "checkpoint", "heldout"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -97,6 +98,15 @@ class MetricsLog:
         while len(self._pending) > READ_BEHIND_STEPS:
             self._read(*self._pending.popleft())
         self._bar.update(1)
+
+    def add_heldout(self, step: int, scores: Mapping[str, float]) -> None:
+        """A line of its own: scores on held-out images after this step."""
+        while self._pending:
+            self._read(*self._pending.popleft())
+        named = {f"heldout_{name}": value for name, value in scores.items()}
+        self._lines.append(json.dumps({"step": step, **named}) + "\n")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        logger.info("%s: step %d, held-out images: %s", self._name, step, shown)
 
     def flush(self) -> None:
         """Read everything that is pending and write the file."""

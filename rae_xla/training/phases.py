@@ -36,7 +36,6 @@ class Programs:
     def __init__(self, phases: tuple[Phase, ...], name: str, runtime: Runtime) -> None:
         self._phases = phases
         self._compiled = [runtime.compile(phase.update, phase.name or name) for phase in phases]
-        self._prepared = False
 
     def at(self, step: int) -> Phase:
         """The phase of this step, counted from one."""
@@ -46,12 +45,9 @@ class Programs:
         self, step: int, state: dict[str, Any], frozen: Any, batch: Any, after_each: Callable[[], None]
     ) -> None:
         """Compile this step's phase and all later ones, so that none fails for the first time after days."""
-        if self._prepared:
-            return
         for number in range(self._number(step), len(self._phases)):
             self._compiled[number].prepare(self._phases[number].touched(state), frozen, batch)
             after_each()
-        self._prepared = True
 
     def __call__(self, step: int, state: dict[str, Any], frozen: Any, batch: Any) -> tuple[dict[str, Any], Any]:
         """The state, which is consumed, after this step, and the step's metrics, on the devices."""

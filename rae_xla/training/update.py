@@ -179,6 +179,7 @@ def committed(state: dict[str, Any], updated: dict[str, Any], finite: Tensor) ->
         "longest_row": torch.where(longer, in_row, state["longest_row"]),
         "longest_row_began": torch.where(longer, began, state["longest_row_began"]).to(torch.int32),
     }
+    new_state = {part: new_state[part] for part in state}
     # As other tensors than the state's own, which the next step consumes before these are read.
     return new_state, {name: new_state[part].float() for name, part in SKIPPED.items()}
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -106,12 +107,15 @@ class CompiledStep:
             given = tree_unflatten(list(arguments), spec)
             new_state_and_outputs = self._function(given["state"], given["frozen"], given["batch"])
             results, self._output_spec = tree_flatten(new_state_and_outputs)
+            if self._output_spec.children_specs[0] != spec.children_specs[0]:
+                raise RuntimeError(f"{self.name}: the state that it returns is built otherwise than the one it takes")
             for old, new in zip(arguments[:num_state], results[:num_state], strict=True):
                 keep_sharding(old, new)
             return results
 
         try:
-            self._replay = extract_internal(_Traceable(traced, tensors))  # type: ignore[arg-type]
+            with _known_by_their_data(tensors):
+                self._replay = extract_internal(_Traceable(traced, tensors))  # type: ignore[arg-type]
         except BaseException:
             # What was traced so far hangs on placeholders, and the next synchronisation would try to compute it.
             torch_xla._XLAC._clear_pending_irs(str(torch_xla.device()))
@@ -168,6 +172,26 @@ class _Traceable:
 
     def parameters(self) -> list[Tensor]:
         return []
+
+
+@contextmanager
+def _known_by_their_data(tensors: list[Tensor]) -> Iterator[None]:
+    """Within it torch_xla's numbers of these tensors are those that it will find at their data.
+
+    A graph's inputs are matched with a step's arguments by number. Data carry the number of the tensor that was last
+    made of them, and to trace a step is to make such tensors: in torch_xla 2.9 the next step to be traced with the same
+    arguments would take them for constants.
+    """
+    private = torch_xla._XLAC
+    # To ask for the data makes tensors of them too, whose numbers they carry from then on.
+    made = [private._get_tensors_xla_device_data_node([tensor])[1][0] for tensor in tensors]
+    number_of = private._xla_get_tensor_id
+    numbers = {id(tensor): number_of(of_data) for tensor, of_data in zip(tensors, made, strict=True)}
+    private._xla_get_tensor_id = lambda tensor: numbers[id(tensor)] if id(tensor) in numbers else number_of(tensor)
+    try:
+        yield
+    finally:
+        private._xla_get_tensor_id = number_of
 
 
 def _name(path: Any) -> str:

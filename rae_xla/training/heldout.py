@@ -1,0 +1,136 @@
+"""How a decoder's averaged weights do on held-out images while it trains: PSNR, SSIM, LPIPS, and pictures."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from rae_xla.config import Config
+from rae_xla.data.loader import images_in_order
+from rae_xla.data.sources import DataConfig, open_images
+from rae_xla.data.transforms import to_bytes, to_unit
+from rae_xla.evaluation.batches import batch_size_for
+from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
+from rae_xla.losses.perceptual import PerceptualDistance
+from rae_xla.models.functional import call
+from rae_xla.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+class HeldoutConfig(Config):
+    """Scores on held-out images every so many steps and at the end.
+
+    ``source``: a manifest; ``null`` takes the held-out split of a set in memory. ``num_images``: only the first so
+    many. Images are cropped in the middle. ``num_shown`` of them are kept beside their reconstructions, as pictures.
+    """
+
+    every_steps: int = Field(gt=0)
+    source: str | None = None
+    num_images: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=256, gt=0)
+    num_shown: int = Field(default=8, ge=0)
+
+
+@dataclass(frozen=True)
+class HeldoutScores:
+    """``values``: means over the images. ``pictures``: uint8 [2 n, S, S, 3], images, then their reconstructions."""
+
+    values: dict[str, float]
+    pictures: np.ndarray
+
+
+class HeldoutReconstruction:
+    """Scores of the weights that a training's state holds, with what it has frozen on the devices.
+
+    Scores are computed on the devices, and only their sums leave them. Every host takes its rows of each batch.
+    """
+
+    def __init__(
+        self,
+        config: HeldoutConfig,
+        data: DataConfig,
+        root: str,
+        runtime: Runtime,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        perceptual: PerceptualDistance | None,
+    ) -> None:
+        self._config, self._runtime = config, runtime
+        self._encoder, self._decoder, self._perceptual = encoder, decoder, perceptual
+        changes = {} if config.source is None else {"source": config.source}
+        plain = {"crop": "centre", "short_side": None, "flip": False, "random_shift_pixels": 0, "num_images": None}
+        self._data = data.model_copy(update={**plain, **changes})
+        self._images = open_images(self._data, root, "heldout")
+        self._program = runtime.compile(self._score, "heldout")
+        self._has_ssim = data.image_size > 2 * SSIM_BORDER
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether to look after this step."""
+        return step % self._config.every_steps == 0 or step == num_steps
+
+    def prepare(self, state: Any, frozen: Any) -> None:
+        """Compile, and run nothing."""
+        batch, _ = next(iter(self._batches()))
+        self._program.prepare({}, self._given(state, frozen), batch)
+
+    def __call__(self, state: Any, frozen: Any) -> HeldoutScores:
+        """The scores of the state's averaged weights. Waits for them."""
+        given = self._given(state, frozen)
+        sums: dict[str, float] = {}
+        shown: list[np.ndarray] = []
+        for batch, images in self._batches():
+            _, found = self._program({}, given, batch)
+            made = found.pop("images")
+            for name, value in self._runtime.to_host(found).items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if not shown and self._config.num_shown and self._runtime.num_processes == 1:
+                few = slice(self._config.num_shown)
+                shown = [images[few], self._runtime.to_host(made).numpy()[: len(images)][few]]
+        number = sums.pop("number")
+        pictures = np.concatenate(shown) if shown else np.zeros((0, 1, 1, 3), np.uint8)
+        return HeldoutScores({name: value / number for name, value in sums.items()}, pictures)
+
+    def _given(self, state: Any, frozen: Any) -> Any:
+        kept = {part: frozen[part] for part in ("encoder", "perceptual") if part in frozen}
+        return {**kept, "decoder": {**frozen["buffers"], **state["ema"]}}
+
+    def _batches(self) -> Any:
+        """Batches on the devices, and the images of each, without what fills up the last."""
+        runtime = self._runtime
+        size = batch_size_for(self._config.batch_size, runtime)
+        left = min(self._config.num_images or len(self._images), len(self._images))
+        own = slice(runtime.process_index, None, runtime.num_processes)
+        for part in images_in_order(self._images, self._data)(size):
+            images = part["images"][:left]
+            left -= len(images)
+            rows = np.arange(size)
+            padded = np.minimum(rows, len(images) - 1)
+            counted = (rows < len(images)).astype(np.float32)
+            batch = {"images": torch.from_numpy(images[padded][own]), "counted": torch.from_numpy(counted[own])}
+            yield runtime.place_batch(batch), images
+            if not left:
+                return
+
+    def _score(self, state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        with torch.no_grad():
+            original = to_unit(batch["images"])
+            features = call(self._encoder, frozen["encoder"], self._runtime, original)
+            made = call(self._decoder, frozen["decoder"], self._runtime, features)
+            pixels = to_bytes(made)
+            # As a file of the image would be seen.
+            seen = to_unit(pixels)
+            scores = {"psnr": psnr(seen, original), "number": torch.ones_like(batch["counted"])}
+            if self._has_ssim:
+                scores["ssim"] = ssim(seen, original)
+            if self._perceptual is not None:
+                both = 2 * seen - 1, 2 * original - 1
+                scores["lpips"] = call(self._perceptual, frozen["perceptual"], self._runtime, *both)
+            sums = {name: (values * batch["counted"]).sum() for name, values in scores.items()}
+        return state, {**sums, "images": pixels}
