@@ -19,7 +19,6 @@ from rae_xla.data.sources import DataConfig, open_in_memory
 from rae_xla.data.transforms import shift_randomly, to_bytes
 from rae_xla.errors import UserError
 from rae_xla.evaluation.distances import frechet_distance, identical_images, nearest_neighbour_distances
-from rae_xla.evaluation.latent_stats import Moments
 from rae_xla.models.functional import by_module_names, call, parameters_of
 from rae_xla.models.layers import LayerNorm, RMSNorm
 from rae_xla.precision import effective_precision
@@ -113,17 +112,6 @@ def test_latent_noise_distributions() -> None:
             LatentNoiseConfig(scale=0.8, distribution=distribution), 0, rows, torch.Size([20000, 4, 2, 2])
         )
         assert noise.var().item() == pytest.approx(variance, rel=0.05)
-
-
-def test_moments_do_not_depend_on_batches() -> None:
-    rows = np.random.default_rng(0).normal(3.0, 2.0, (500, 4)).astype(np.float32)
-    for size in (7, 64, 500):
-        parts = [Moments.of(rows[start : start + size]) for start in range(0, 500, size)]
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merged.merge(part)
-        np.testing.assert_allclose(merged.mean, rows.astype(np.float64).mean(axis=0), rtol=1e-10)
-        np.testing.assert_allclose(merged.squares / merged.count, rows.astype(np.float64).var(axis=0), rtol=1e-10)
 
 
 def test_frechet_distance_of_few_samples_equals_the_nuclear_norm_form() -> None:

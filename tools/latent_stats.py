@@ -1,6 +1,7 @@
 """Exact mean and variance of the encoder's features at every position, over the training split.
 
-Writes latent_stats.safetensors (mean, variance) into the run directory.
+Writes latent_stats.safetensors (mean, variance) into the run directory. The result depends neither on the batch size
+nor on the number of devices. A pass that was stopped goes on where it was when the same command is run again.
 """
 
 from __future__ import annotations

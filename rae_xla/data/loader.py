@@ -56,25 +56,30 @@ def training_batches(
 
 
 def images_in_order(
-    images: ImageSet | ShardedImages, config: DataConfig
+    images: ImageSet | ShardedImages, config: DataConfig, begin: int = 0
 ) -> Callable[[int], Iterator[dict[str, np.ndarray]]]:
-    """Every image of a source once, for `map_rows`: ``images`` uint8 [up to n, S, S, 3] and ``labels`` int32."""
+    """Every image of a source once, from number ``begin`` on, for `rae_xla.evaluation.batches.run_batches`.
+
+    ``images`` uint8 [up to n, S, S, 3], ``labels`` int32, and ``positions`` int32: their numbers in the source.
+    """
 
     def parts(size: int) -> Iterator[dict[str, np.ndarray]]:
         if isinstance(images, ImageSet):
-            for start in range(0, len(images), size):
+            positions = np.arange(len(images), dtype=np.int32)
+            for start in range(begin, len(images), size):
                 rows = slice(start, start + size)
-                yield {"images": images.images[rows], "labels": images.labels[rows].astype(np.int32)}
+                labels = images.labels[rows].astype(np.int32)
+                yield {"images": images.images[rows], "labels": labels, "positions": positions[rows]}
             return
         from rae_xla.data.stream import once
 
         held: dict[str, np.ndarray] = {}
-        for block in once(images, config):
+        for block in once(images, config, begin):
             held = {name: np.concatenate([held[name], block[name]]) if held else block[name] for name in block}
             while len(held["labels"]) >= size:
                 yield {name: values[:size] for name, values in held.items()}
                 held = {name: values[size:] for name, values in held.items()}
-        if len(held["labels"]):
+        if held and len(held["labels"]):
             yield held
 
     return parts

@@ -86,16 +86,17 @@ class StreamedBatches:
             yield LoadedBatch(tensors, dict(+counts))
 
 
-def once(images: ShardedImages, config: DataConfig) -> Iterator[Rows]:
-    """Every image once, block by block: ``images`` uint8 [b, S, S, 3], cropped in the centre, and ``labels`` int32 [b].
+def once(images: ShardedImages, config: DataConfig, begin: int = 0) -> Iterator[Rows]:
+    """Every image once, from number ``begin`` on, block by block; blocks before that are not read.
 
-    Those that cannot be decoded are told and left out.
+    ``images`` uint8 [b, S, S, 3], cropped in the centre, ``labels`` int32 [b], and ``positions`` int32 [b]: their
+    numbers in the manifest. Those that cannot be decoded are told and left out.
 
     Raises:
         SourceError: see `StreamConfig`.
     """
     unreadable = _Unreadable(config.stream)
-    for rows, names in _from_workers(_Blocks(images, config), _num_workers(config.stream)):
+    for rows, names in _from_workers(_Blocks(images, config, begin), _num_workers(config.stream)):
         unreadable.add(names)
         yield rows
 
@@ -246,23 +247,34 @@ class _Parts(_Worker):
 
 
 class _Blocks(_Worker):
-    """In each worker, the images of every so many-th block."""
+    """In each worker, the images of every so many-th block, from one image on."""
+
+    def __init__(self, images: ShardedImages, config: DataConfig, begin: int) -> None:
+        super().__init__(images, config)
+        self._begin = begin
 
     def _items(
         self, reader: ShardReader, files: RemoteFiles, index: int, number: int
     ) -> Iterator[tuple[Rows, list[str]]]:
         size = self._config.image_size
-        for block in range(index, reader.num_blocks, number):
-            images, labels, unreadable = [np.empty((0, size, size, 3), dtype=np.uint8)], list[int](), list[str]()
-            for sample in reader.read(block):
+        begins = np.cumsum([0, *self._images.manifest.block_sizes])
+        first = int(np.searchsorted(begins, self._begin, side="right")) - 1
+        for block in range(first + index, reader.num_blocks, number):
+            images, unreadable = [np.empty((0, size, size, 3), dtype=np.uint8)], list[str]()
+            found: dict[str, list[int]] = {"labels": [], "positions": []}
+            for position, sample in enumerate(reader.read(block), int(begins[block])):
+                if position < self._begin:
+                    continue
                 try:
                     image = decoded_fast(sample.image)
                 except ValueError as error:
                     unreadable.append(f"{sample.name} ({error})")
                     continue
                 images.append(centre_crop(image, size, self._config.resampling)[None])
-                labels.append(sample.label)
-            yield {"images": np.concatenate(images), "labels": np.array(labels, dtype=np.int32)}, unreadable
+                found["labels"].append(sample.label)
+                found["positions"].append(position)
+            numbers = {name: np.array(values, dtype=np.int32) for name, values in found.items()}
+            yield {"images": np.concatenate(images), **numbers}, unreadable
 
 
 @dataclass(frozen=True)

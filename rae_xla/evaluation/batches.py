@@ -1,8 +1,9 @@
-"""Apply a frozen function to many rows in batches of one compiled shape; the last batch is padded and cut."""
+"""Apply a frozen function to many rows in batches of one compiled shape; the last batch is padded."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,27 +17,31 @@ from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-Rows = Callable[[int], Iterator[dict[str, np.ndarray]]]
+# Before the results of one are waited for, the next is started: the devices work on it while the host sees to both.
+BATCHES_AHEAD = 1
+
+Columns = dict[str, np.ndarray]
+Rows = Callable[[int], Iterator[Columns]]
 """From a number of rows to columns, so many rows at a time, the last time fewer."""
 
 
 def batch_size_for(wanted: int, runtime: Runtime) -> int:
-    """``wanted`` rounded up to a multiple of the devices: padding is cut, so any size is right."""
+    """``wanted`` rounded up to a multiple of the devices: padding does not count, so any size is right."""
     return -(-wanted // runtime.num_devices) * runtime.num_devices
 
 
 def map_batches(
     function: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]],
     frozen: Any,
-    columns: dict[str, np.ndarray],
+    columns: Columns,
     batch_size: int,
     runtime: Runtime,
     name: str,
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Iterator[Columns]:
     """`map_rows` over the rows of ``columns``."""
-    num_rows = len(next(iter(columns.values())))
+    num_rows = num_rows_of(columns)
 
-    def rows(size: int) -> Iterator[dict[str, np.ndarray]]:
+    def rows(size: int) -> Iterator[Columns]:
         for start in range(0, num_rows, size):
             yield {key: values[start : start + size] for key, values in columns.items()}
 
@@ -51,11 +56,25 @@ def map_rows(
     batch_size: int,
     runtime: Runtime,
     name: str,
-) -> Iterator[dict[str, np.ndarray]]:
-    """``function(frozen, batch)`` over all rows, batch by batch, results cut to real rows.
+) -> Iterator[Columns]:
+    """`run_batches` of a function that returns a row for each row of the batch: its results, cut to real rows."""
+    for part, found in run_batches(function, frozen, rows, num_rows, batch_size, runtime, name):
+        yield {key: values[: num_rows_of(part)] for key, values in found.items()}
 
-    ``function`` runs as one compiled step and returns tensors with one row for each row of the batch. ``frozen`` is on
-    the host.
+
+def run_batches(
+    function: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]],
+    frozen: Any,
+    rows: Rows,
+    num_rows: int,
+    batch_size: int,
+    runtime: Runtime,
+    name: str,
+) -> Iterator[tuple[Columns, Columns]]:
+    """``function(frozen, batch)`` of all rows, batch by batch: the rows that went in, and what came out, as it is.
+
+    ``function`` runs as one compiled step. The last batch is filled up with its last row; ``batch["is_real"]``, bool
+    [b], is false for what fills it. ``frozen`` is on the host. ``num_rows``: to show how far it is.
 
     Raises:
         UserError: there are several hosts, and each would have a part of the results.
@@ -75,10 +94,29 @@ def map_rows(
     logger.info("%s: %d images in batches of %d", name, num_rows, batch_size)
     size = batch_size_for(batch_size, runtime)
     with tqdm(total=num_rows, desc=name, unit="image", disable=None if runtime.process_index == 0 else True) as bar:
+
+        def finished(part: Columns, outputs: dict[str, Tensor]) -> tuple[Columns, Columns]:
+            found = {key: value.numpy() for key, value in runtime.to_host(outputs).items()}
+            bar.update(num_rows_of(part))
+            return part, found
+
+        started: deque[tuple[Columns, dict[str, Tensor]]] = deque()
         for part in rows(size):
-            real = len(next(iter(part.values())))
-            padded = np.minimum(np.arange(size), real - 1)
-            batch = {key: torch.from_numpy(values[padded]) for key, values in part.items()}
-            _, outputs = compiled({}, placed, runtime.place_batch(batch))
-            yield {key: value.numpy()[:real] for key, value in runtime.to_host(outputs).items()}
-            bar.update(real)
+            _, outputs = compiled({}, placed, runtime.place_batch(_padded(part, size)))
+            started.append((part, outputs))
+            if len(started) > BATCHES_AHEAD:
+                yield finished(*started.popleft())
+        while started:
+            yield finished(*started.popleft())
+
+
+def num_rows_of(columns: Columns) -> int:
+    """How many rows these columns have."""
+    return len(next(iter(columns.values())))
+
+
+def _padded(part: Columns, size: int) -> dict[str, Tensor]:
+    rows = np.arange(size)
+    filled = np.minimum(rows, num_rows_of(part) - 1)
+    batch = {key: torch.from_numpy(values[filled]) for key, values in part.items()}
+    return {**batch, "is_real": torch.from_numpy(rows < num_rows_of(part))}

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rae_xla.data.loader import blank_batch
-from rae_xla.data.sources import open_source
+from rae_xla.data.sources import open_images, open_source
 from rae_xla.errors import UserError
 from rae_xla.evaluation.generation import Sampler
-from rae_xla.evaluation.latent_stats import latent_stats
+from rae_xla.evaluation.latent_stats import Progress, statistics_so_far
 from rae_xla.evaluation.reconstruction import reconstruct
 from rae_xla.models.loading import without_values
 from rae_xla.recipe import (
@@ -52,7 +52,7 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
     if isinstance(recipe, DiffusionRecipe | SamplingRecipe):
         programs["sample"] = lambda runtime: _sample(recipe, runtime)
     if isinstance(recipe, LatentStatsRecipe):
-        programs["latent_stats"] = lambda runtime: latent_stats(recipe, runtime)
+        programs["latent_stats"] = lambda runtime: _latent_stats(recipe, runtime)
     if isinstance(recipe, ReconstructionRecipe):
         programs["reconstruct"] = lambda runtime: _reconstruct(recipe, runtime)
     if not programs:
@@ -125,6 +125,11 @@ def _train(recipe: TrainingRecipe, name: PhaseName | None, runtime: Runtime) -> 
 def _sample(recipe: DiffusionRecipe | SamplingRecipe, runtime: Runtime) -> None:
     labels = np.zeros(recipe.sampler.batch_size, dtype=np.int64)
     Sampler(recipe, runtime).sample(labels, recipe.seed)
+
+
+def _latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> None:
+    images = open_images(recipe.data, recipe.root, "train")
+    next(statistics_so_far(recipe, images, runtime, Progress.none(recipe.autoencoder.encoder.latent_shape)))
 
 
 def _reconstruct(recipe: ReconstructionRecipe, runtime: Runtime) -> None:
