@@ -12,6 +12,7 @@ from conftest import run_python, run_tool
 from faulty_bucket import BUCKET, FaultyProxy
 
 from rae_xla import storage
+from rae_xla.errors import UserError
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
@@ -53,7 +54,7 @@ def test_tensorboard_shows_what_the_lines_say(tmp_path: Path) -> None:
     assert len(list(folder.iterdir())) == 1
 
 
-def test_an_interrupted_run_shows_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_shows_each_step_once(tmp_path: Path) -> None:
     # Steps 5 and 6 are shown, and lost: the only checkpoint is of step 4.
     run(tmp_path, 6, "checkpoint.every_steps=4")
     judge = tmp_path / "judge"
@@ -76,7 +77,7 @@ def fetched(root: str, to: Path) -> Path:
 
 
 def test_a_run_in_a_bucket(bucket: FaultyProxy, tmp_path: Path) -> None:
-    root = f"gs://{BUCKET}/project"
+    root = f"gs://{BUCKET}/shown"
     run(root, 3, "checkpoint.every_steps=3")
     run(root, 5, "checkpoint.every_steps=3")
     assert_shows(fetched(root, tmp_path / "five"), f"{root}/judge/metrics.jsonl", 5)
@@ -103,7 +104,7 @@ def test_a_bucket_gets_large_files_once(bucket: FaultyProxy, tmp_path: Path, mon
 
 def test_a_bucket_that_refuses_is_told_once(bucket: FaultyProxy, caplog: pytest.LogCaptureFixture) -> None:
     bucket.refuses = "tfevents"
-    run(f"gs://{BUCKET}/project", 3, "checkpoint.every_steps=1")
+    run(f"gs://{BUCKET}/refused", 3, "checkpoint.every_steps=1")
     assert caplog.text.count("tensorboard does not get all that it should") == 1
 
 
@@ -164,6 +165,13 @@ def test_which_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"tensorboard", "wandb"}
     monkeypatch.setattr(trackers, "_is_installed", installed.__contains__)
     assert trackers.chosen_trackers(("tensorboard",)) == ("tensorboard",)
+    with pytest.raises(
+        UserError, match=r"log\.trackers: wandb has no key; set WANDB_API_KEY, or WANDB_MODE=offline, or"
+    ):
+        trackers.chosen_trackers(("wandb",))
+    with monkeypatch.context() as patched:
+        patched.setenv("WANDB_MODE", "offline")
+        assert trackers.chosen_trackers(("wandb",)) == ("wandb",)
     monkeypatch.setenv("WANDB_API_KEY", "a key")
     assert trackers.chosen_trackers(("tensorboard",)) == ("tensorboard", "wandb")
     assert trackers.chosen_trackers(("wandb",)) == ("wandb",)

@@ -32,22 +32,25 @@ EVENTS = "tensorboard"
 WANDB_FILE = "wandb.json"
 # Of an event file in a bucket, which is written whole each time: pictures of weeks are not to be sent again and again.
 _LARGEST_OBJECT_BYTES = 4 * 2**20
-# Nobody may be there to answer when W&B asks who they are.
-_LOGIN_SECONDS = 30
+# As W&B reads WANDB_MODE: nobody has to be known.
+_MODES_WITHOUT_KEY = ("offline", "disabled")
 
 
 def chosen_trackers(named: Sequence[TrackerName]) -> tuple[TrackerName, ...]:
     """The trackers that a recipe names; and W&B, if it names any and ``WANDB_API_KEY`` is set and it is installed.
 
     Raises:
-        UserError: one that it names is not installed.
+        UserError: one that it names is not installed, or is W&B and would ask who it is for.
     """
     for name in named:
         if not _is_installed(name):
             raise UserError(
                 f"log.trackers: {name} is not installed; pip install {name}, or leave it out (log.trackers=[] for none)"
             )
-    adds_wandb = named and "wandb" not in named and os.environ.get("WANDB_API_KEY") and _is_installed("wandb")
+    has_key = bool(os.environ.get("WANDB_API_KEY"))
+    if "wandb" in named and not has_key and os.environ.get("WANDB_MODE") not in _MODES_WITHOUT_KEY:
+        raise UserError("log.trackers: wandb has no key; set WANDB_API_KEY, or WANDB_MODE=offline, or leave it out")
+    adds_wandb = named and "wandb" not in named and has_key and _is_installed("wandb")
     return (*named, "wandb") if adds_wandb else tuple(named)
 
 
@@ -201,7 +204,6 @@ class _WeightsAndBiases(_Tracker):
             name=posixpath.basename(directory.rstrip("/")),
             resume="allow",
             dir=None if "://" in directory else directory,
-            settings={"login_timeout": _LOGIN_SECONDS},
         )
         self._tracker.start()
         self._tracker.store_init_configuration(_as_hyperparameters(recipe))
