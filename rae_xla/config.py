@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,6 +88,15 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _chooses_another(below: dict[str, Any], above: dict[str, Any]) -> bool:
     return any(choice in above and above[choice] != below.get(choice) for choice in ("name", "method"))
+
+
+def flattened(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by their keys with dots, ``key.sub``; lists are values."""
+    if not isinstance(content, Mapping):
+        yield prefix, content
+        return
+    for key, value in content.items():
+        yield from flattened(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def override(key: str, value: Any) -> str:

@@ -31,6 +31,7 @@ from rae_xla.training.profile import StepProfiler
 from rae_xla.training.recovery import Agreement, BadSteps, Interruption, Watchdog
 from rae_xla.training.same_run import check_same_run, described
 from rae_xla.training.stored_index import DamagedError, StoredIndex
+from rae_xla.training.trackers import Trackers, chosen_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ class _Run:
     def __init__(self, task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -> None:
         self._task, self._recipe, self._runtime = task, recipe, runtime
         self.directory = recipe.path(recipe.run_dir)
+        self._trackers = chosen_trackers(recipe.log.trackers)
         self._checkpoints_directory = storage.join(self.directory, CHECKPOINTS)
         sources = {"data.source": task.images.path} if isinstance(task.images, ShardedImages) else {}
         self._inputs = described({**task.inputs, **sources})
@@ -317,9 +319,11 @@ class _Run:
             yield index
 
     def _metrics_log(self) -> MetricsLog:
+        names = self._trackers if self._runtime.process_index == 0 else ()
         return MetricsLog(
             storage.join(self.directory, METRICS_FILE),
             self._runtime,
+            Trackers(names, self.directory, self._recipe.model_dump(mode="json"), self.progress.step),
             name=self._task.name,
             start=self.progress.step,
             num_steps=self._task.num_steps,

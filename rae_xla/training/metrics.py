@@ -29,6 +29,7 @@ from rae_xla import storage
 from rae_xla.config import Config
 from rae_xla.errors import first_line
 from rae_xla.runtime import Runtime
+from rae_xla.training.trackers import TrackerName, Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +44,30 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 class LogConfig(Config):
-    """A line of metrics every so many steps."""
+    """A line of metrics every so many steps, and who else gets it, see `rae_xla.training.trackers`."""
 
     every_steps: int = Field(default=50, gt=0)
+    trackers: tuple[TrackerName, ...] = Field(default=("tensorboard",), strict=False)
 
 
 class MetricsLog:
     """Collects metrics of steps ``start .. num_steps`` and writes those that fall on ``every_steps``, and the first."""
 
     def __init__(
-        self, path: str, runtime: Runtime, *, name: str, start: int, num_steps: int, batch_size: int, every_steps: int
+        self,
+        path: str,
+        runtime: Runtime,
+        trackers: Trackers,
+        *,
+        name: str,
+        start: int,
+        num_steps: int,
+        batch_size: int,
+        every_steps: int,
     ) -> None:
         self._path = path
         self._runtime = runtime
+        self.trackers = trackers
         self._batch_size = batch_size
         self._every_steps = every_steps
         self._pending: deque[tuple[int, Any, dict[str, float]]] = deque()
@@ -124,11 +136,13 @@ class MetricsLog:
             # Training is worth more than its log, and the next time all lines are written again.
             except Exception as error:
                 logger.warning("%s: metrics are not written (%s)", self._name, first_line(error))
+        self.trackers.write()
 
     def close(self) -> None:
-        """Flush and end the progress bar."""
+        """Flush and end the progress bar and the trackers."""
         self.flush()
         self._bar.close()
+        self.trackers.close()
 
     def _times(self) -> dict[str, float]:
         return {"step": time.perf_counter(), **self._seconds}
@@ -140,14 +154,15 @@ class MetricsLog:
             values = {name: float(value) for name, value in self._runtime.to_host(metrics).items()}
         num_steps = step - self._last_step
         spent = {part: times[part] - self._last_times[part] for part in times}
-        self.last = {
-            "step": step,
+        measured = {
             **values,
             "images_per_second": round(num_steps * self._batch_size / max(spent["step"], 1e-9), 2),
             **{f"{part}_ms": round(1e3 * seconds / num_steps, 3) for part, seconds in spent.items()},
             **{f"input_{name}": number for name, number in self._counts.items()},
         }
+        self.last = {"step": step, **measured}
         self._last_step, self._last_times = step, times
+        self.trackers.log(step, measured)
         self._lines.append(json.dumps(self.last) + "\n")
         parts = ", ".join(f"{part.replace('_', ' ')} {self.last[f'{part}_ms']:.1f}" for part in PARTS)
         shown = f"loss {values['loss']:.4f}, {self.last['images_per_second']:.0f} images/s, "

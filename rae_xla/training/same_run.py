@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
 
 from rae_xla import storage
-from rae_xla.config import Config
+from rae_xla.config import Config, flattened
 from rae_xla.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check_same_run(
         made_with = type(recipe).model_validate(before["recipe"])
     except ValidationError as error:
         raise UserError(f"{where} was made by a version with other recipes; give the run another run_dir") from error
-    old, new = [dict(_flat(one.model_dump(mode="json"))) for one in (made_with, recipe)]
+    old, new = [dict(flattened(one.model_dump(mode="json"))) for one in (made_with, recipe)]
     keys = [*new, *(key for key in old if key not in new)]
     changed = [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
     told = [f"{key}: {was!r}, the recipe now says {now!r}" for key, was, now in changed if not _in(key, allowed)]
@@ -73,11 +73,3 @@ def check_same_run(
 
 def _in(key: str, sections: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in sections)
-
-
-def _flat(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(content, dict):
-        yield prefix, content
-        return
-    for key, value in content.items():
-        yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
