@@ -100,6 +100,9 @@ class CompiledStep:
             given = tree_unflatten(list(arguments), spec)
             new_state_and_outputs = self._function(given["state"], given["frozen"], given["batch"])
             results, self._output_spec = tree_flatten(new_state_and_outputs)
+            # An input that comes out as it is has no place in the program, and its replay would be a buffer short.
+            given_ids = {id(argument) for argument in arguments}
+            results = [result.clone() if id(result) in given_ids else result for result in results]
             for old, new in zip(arguments[:num_state], results[:num_state], strict=True):
                 keep_sharding(old, new)
             return results
