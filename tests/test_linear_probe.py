@@ -60,7 +60,9 @@ def test_reaches_what_logistic_regression_reaches(root: Path) -> None:
     expected = LogisticRegression(C=100.0, max_iter=3000).fit(*features("train")).score(*features("heldout"))
     weights = root / "encoder" / "weights.safetensors"
     before = weights.read_bytes()
-    scores = evaluated(root, "data.batch_size=256")
+    # Means of random features differ little from image to image: the weights have far to go.
+    far = ["data.batch_size=128", "train.learning_rate=0.3"]
+    scores = evaluated(root, *far)
     assert abs(scores["top1_accuracy"] - expected) <= 0.02, expected
     assert scores["top1_accuracy"] < scores["top5_accuracy"] <= 1
     assert scores["num_images"] == 360 and scores["pooling"] == "mean of tokens"
@@ -70,7 +72,7 @@ def test_reaches_what_logistic_regression_reaches(root: Path) -> None:
     trained = root / "linear_probe" / "weights.safetensors"
     assert set(storage.read_tensors(str(trained), "weights")) == {"head.weight", "head.bias"}
     written = trained.stat().st_mtime_ns
-    assert evaluated(root, "data.batch_size=256") == scores and trained.stat().st_mtime_ns == written
+    assert evaluated(root, *far) == scores and trained.stat().st_mtime_ns == written
 
 
 def test_held_out_images_of_a_manifest(root: Path) -> None:
@@ -112,7 +114,7 @@ def test_held_out_images_of_a_manifest(root: Path) -> None:
         (["linear-probe", IMAGENET, "heldout_source=null"], "heldout_source: required here, imagenet/train.json is"),
         (["linear-probe", IMAGENET], "heldout_source: .*imagenet/validation.json"),
         (["linear-probe", PROBE, "runtime=eager"], "autoencoder.encoder.weights: .* cannot be read"),
-        (["linear-probe", PROBE, "autoencoder.decoder=null"], "autoencoder.decoder: unknown key; known here: encoder"),
+        (["linear-probe", PROBE, "autoencoder.decoder=null"], "autoencoder.decoder: unknown key"),
         (["linear-probe", PROBE, "--samples", "x"], "--samples: only for generation; linear-probe reads held-out"),
         (["linear-probe", "recipes/quickstart/evaluation.yaml"], "takes a recipe with task linear_probe"),
         (["reconstruction", PROBE], "takes a recipe with task evaluation"),

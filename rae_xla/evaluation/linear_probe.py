@@ -43,12 +43,12 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe, runtime: Runtime) -> dict[s
     def classify(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
         logits = call(probe, frozen["probe"], runtime, latents)
-        return {"ranked": logits.topk(num_ranked).indices, "labels": batch["labels"]}
+        return {"hits": logits.topk(num_ranked).indices == batch["labels"][:, None]}
 
     frozen = {"encoder": tensors_of(encoder), "probe": tensors_of(probe)}
     rows, batch_size = images_in_order(heldout, recipe.data), recipe.data.batch_size
     parts = map_rows(classify, frozen, rows, len(heldout), batch_size, runtime, "linear probe")
-    hits = np.concatenate([part["ranked"] == part["labels"][:, None] for part in parts])
+    hits = np.concatenate([part["hits"] for part in parts])
     scores = {"top1_accuracy": float(hits[:, 0].mean())}
     if heldout.num_classes > TOP:
         scores["top5_accuracy"] = float(hits.any(axis=1).mean())
