@@ -17,7 +17,7 @@ from rae_xla.flow.sampler import SamplerConfig
 from rae_xla.flow.schedule import FlowConfig, TimeConfig
 from rae_xla.losses.adversarial import AdversarialConfig
 from rae_xla.losses.perceptual import PerceptualConfig
-from rae_xla.models.autoencoder import AutoencoderConfig
+from rae_xla.models.autoencoder import AutoencoderConfig, LatentEncoderConfig
 from rae_xla.models.classifier import ConvNetConfig
 from rae_xla.models.diffusion import DiffusionModelConfig
 from rae_xla.models.encoders import EncoderConfig
@@ -128,6 +128,29 @@ class AutoencoderRecipe(TrainingRecipe):
         return self
 
 
+class LinearProbeRecipe(TrainingRecipe):
+    """Train a linear classifier on frozen latents, and score it on held-out images.
+
+    ``heldout_source``: the manifest of these; ``null`` for sets in memory, which hold a part of theirs out.
+    """
+
+    task: Literal["linear_probe"]
+    autoencoder: LatentEncoderConfig
+    heldout_source: str | None = None
+
+    @model_validator(mode="after")
+    def _held_out(self) -> LinearProbeRecipe:
+        source, in_memory = self.data.source, self.data.source in SOURCES
+        if in_memory and self.heldout_source is not None:
+            raise ValueError(f"heldout_source: must be null here, {source} holds out a part of its own")
+        if not in_memory and self.heldout_source in (None, *SOURCES):
+            raise ValueError(
+                f"heldout_source: required here, {source} is read as a manifest of one split; name that of the "
+                "held-out images"
+            )
+        return self
+
+
 class LatentStatsRecipe(RunRecipe):
     """Exact mean and variance of the encoder's features over the training split."""
 
@@ -203,6 +226,7 @@ def _check_image_size(autoencoder: AutoencoderConfig, image_size: int) -> None:
 RECIPES: dict[str, type[CommonRecipe]] = {
     "classifier": ClassifierRecipe,
     "autoencoder": AutoencoderRecipe,
+    "linear_probe": LinearProbeRecipe,
     "latent_stats": LatentStatsRecipe,
     "diffusion": DiffusionRecipe,
     "reconstruction": ReconstructionRecipe,
@@ -230,8 +254,9 @@ def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
 
 
 def with_autoencoder() -> tuple[str, ...]:
-    """The tasks whose recipes have an autoencoder."""
-    return tuple(task for task, recipe in RECIPES.items() if "autoencoder" in recipe.model_fields)
+    """The tasks whose recipes have an autoencoder, decoder and all."""
+    fields = {task: recipe.model_fields.get("autoencoder") for task, recipe in RECIPES.items()}
+    return tuple(task for task, field in fields.items() if field and field.annotation is AutoencoderConfig)
 
 
 def dump_recipe(recipe: BaseModel) -> str:

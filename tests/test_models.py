@@ -12,7 +12,7 @@ from conftest import ROOT
 from rae_xla.data.sources import num_classes_of
 from rae_xla.errors import UserError
 from rae_xla.models.autoencoder import AutoencoderConfig, LatentDecoder
-from rae_xla.models.classifier import create_classifier
+from rae_xla.models.classifier import LinearProbe, create_classifier
 from rae_xla.models.diffusion import create_diffusion_model
 from rae_xla.models.dit import DiTConfig
 from rae_xla.models.dit_dh import DiTDHConfig
@@ -32,8 +32,10 @@ RECIPES = {
     "quickstart/sample_classifier_free": 1.0704,
     "quickstart/sample_autoguidance": 1.0704,
     "quickstart/overfit": 0.4338,
+    "quickstart/linear_probe": 0.00097,
     "quickstart/latent_stats": 0.0,
     "quickstart/evaluation": 0.4362,
+    "linear_probe/dinov2_b": 0.769,
     "released/dinov2_b": 415.4,
     "released/dinov2_b_512": 416.2,
     "released/siglip2_b": 415.4,
@@ -45,7 +47,7 @@ RECIPES = {
     "synthetic/dit_dh_xl": 838.7,
     "synthetic/decoder": 415.4,
 }
-BASES = {"quickstart/autoencoder"}
+BASES = {"quickstart/latents", "quickstart/autoencoder"}
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,9 @@ def test_multiply_adds_are_those_of_the_paper(costs: dict[str, ModelCost]) -> No
 def built(recipe: Any) -> torch.nn.Module | None:
     if recipe.task == "classifier":
         return create_classifier(recipe.model, image_size=recipe.data.image_size, num_classes=10)
+    if recipe.task == "linear_probe":
+        num_classes = num_classes_of(recipe.data, recipe.root) if recipe.heldout_source is None else 1000
+        return LinearProbe(recipe.autoencoder.encoder.latent_shape[0], num_classes)
     if recipe.task in ("diffusion", "sampling"):
         num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe.data, recipe.root)
         return create_diffusion_model(recipe.model, recipe.autoencoder.encoder.latent_shape, num_classes)

@@ -38,6 +38,7 @@ SHIPPED = {
     ("encoder", "train"): (f"{QUICKSTART}/encoder.yaml", [BATCH, "model.depth=1"]),
     ("judge", "train"): (f"{QUICKSTART}/judge.yaml", [BATCH]),
     ("decoder", "train"): (f"{QUICKSTART}/decoder.yaml", [BATCH, *NARROW["encoder"], *NARROW["decoder"]]),
+    ("linear_probe", "train"): (f"{QUICKSTART}/linear_probe.yaml", [BATCH, *NARROW["encoder"]]),
     ("latent_stats", "latent_stats"): (f"{QUICKSTART}/latent_stats.yaml", [BATCH, *NARROW["encoder"]]),
     ("diffusion", "train"): (f"{QUICKSTART}/diffusion.yaml", [BATCH, *NARROW["encoder"], *NARROW["dit"]]),
     ("sample", "sample"): (

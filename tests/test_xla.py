@@ -63,6 +63,19 @@ def test_another_shape_is_an_error_that_names_the_input(runtime: Runtime) -> Non
         step(state, frozen, runtime.place_batch({"x": torch.ones(5, 3)}))
 
 
+def test_an_input_may_come_out_as_it_is(runtime: Runtime) -> None:
+    def step(state, frozen, batch):
+        return state, {"twice": batch["x"] * 2, "labels": batch["labels"]}
+
+    compiled = runtime.compile(step, "labelled")
+    state = runtime.place_state({"kept": torch.ones(3)})
+    for label in range(3):
+        batch = runtime.place_batch({"x": torch.ones(4, 3), "labels": torch.full((4,), label)})
+        state, outputs = compiled(state, {}, batch)
+        assert runtime.to_host(outputs)["labels"].tolist() == [label] * 4
+        assert runtime.to_host(state)["kept"].tolist() == [1.0] * 3
+
+
 def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
     eager = create("eager", MeshConfig(), "fp32")
     rows = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))

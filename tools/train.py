@@ -1,7 +1,7 @@
-"""Train what a recipe describes: a decoder, a diffusion transformer, or the quickstart's encoder and judge.
+"""Train what a recipe describes: a decoder, a diffusion transformer, a linear probe, or the quickstart's classifiers.
 
-The recipe's task is classifier, autoencoder or diffusion. Running the same command again resumes from the newest
-complete checkpoint. A run that is told to end (SIGTERM, Google Cloud's notice) saves itself and exits with 75.
+The recipe's task is classifier, autoencoder, diffusion or linear_probe. Running the same command again resumes from the
+newest complete checkpoint. A run that is told to end (SIGTERM, Google Cloud's notice) saves itself and exits with 75.
 """
 
 from __future__ import annotations

@@ -120,14 +120,16 @@ class ShardedImages:
         return self.manifest.num_images
 
 
-def open_source(config: DataConfig, root: str, split: Split) -> ImageSet | ShardedImages:
+def open_source(config: DataConfig, root: str, split: Split, key: str = "data.source") -> ImageSet | ShardedImages:
     """A split of the source that the recipe names; relative paths are inside ``root``. A manifest is one split.
+
+    ``key`` is the one to name when it cannot be opened.
 
     Raises:
         UserError: no such manifest, or its shards are not as they were when it was made.
     """
     if config.source not in SOURCES:
-        return _open_manifest(storage.resolve(root, config.source))
+        return _open_manifest(storage.resolve(root, config.source), key)
     images = SOURCES[config.source].open(config.image_size, split)
     if split == "heldout" or config.num_images is None:
         return images
@@ -135,15 +137,15 @@ def open_source(config: DataConfig, root: str, split: Split) -> ImageSet | Shard
     return replace(images, images=images.images[few], labels=images.labels[few])
 
 
-def open_images(config: DataConfig, root: str, split: Split) -> ImageSet | ShardedImages:
+def open_images(config: DataConfig, root: str, split: Split, key: str = "data.source") -> ImageSet | ShardedImages:
     """`open_source`, of what is no latents.
 
     Raises:
         UserError: it is latents.
     """
-    images = open_source(config, root, split)
+    images = open_source(config, root, split, key)
     if images.latents is not None:
-        raise UserError(f"data.source: {config.source} holds latents, which only a diffusion model trains on")
+        raise UserError(f"{key}: {config.source} holds latents, which only a diffusion model trains on")
     return images
 
 
@@ -159,9 +161,9 @@ def open_in_memory(config: DataConfig, split: Split) -> ImageSet:
     return images
 
 
-def _open_manifest(path: str) -> ShardedImages:
-    manifest = read_manifest(path)
-    check_shards(manifest, path)
+def _open_manifest(path: str, key: str) -> ShardedImages:
+    manifest = read_manifest(path, key)
+    check_shards(manifest, path, key)
     logger.info(
         "%s: %d images of %d classes in %d %s shards", path, manifest.num_images, manifest.num_classes,
         len(manifest.shards), manifest.container,

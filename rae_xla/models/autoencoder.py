@@ -22,12 +22,17 @@ from rae_xla.models.pretrained import pretrained_weights
 STATS_EPS = 1e-5
 
 
-class AutoencoderConfig(Config):
-    """An encoder, a decoder and the file of latent statistics; ``latent_stats: null`` leaves latents as they are."""
+class LatentEncoderConfig(Config):
+    """An encoder and the file of latent statistics; ``latent_stats: null`` leaves latents as they are."""
 
     encoder: EncoderConfig
-    decoder: DecoderConfig
     latent_stats: str | None = None
+
+
+class AutoencoderConfig(LatentEncoderConfig):
+    """With a decoder."""
+
+    decoder: DecoderConfig
 
     @property
     def image_size(self) -> int:
@@ -88,7 +93,7 @@ class LatentDecoder(_Normalised):
         return pixels * self.pixel_std + self.pixel_mean
 
 
-def load_latent_encoder(config: AutoencoderConfig, root: str, process_index: int = 0) -> LatentEncoder:
+def load_latent_encoder(config: LatentEncoderConfig, root: str, process_index: int = 0) -> LatentEncoder:
     """The encoder with its weights, and the statistics if the configuration names them.
 
     ``process_index``: only process 0 of a pod fetches published weights.
@@ -102,7 +107,7 @@ def load_latent_encoder(config: AutoencoderConfig, root: str, process_index: int
     return module
 
 
-def encoder_weights_path(config: AutoencoderConfig, root: str, process_index: int = 0) -> str:
+def encoder_weights_path(config: LatentEncoderConfig, root: str, process_index: int = 0) -> str:
     """The file of the encoder's weights, fetched if the configuration names none; see `pretrained_weights`.
 
     Raises:
@@ -118,7 +123,7 @@ def encoder_weights_path(config: AutoencoderConfig, root: str, process_index: in
     return pretrained_weights(encoder.timm_model, root, key, process_index)
 
 
-def made_with(config: AutoencoderConfig, root: str, image_size: int) -> dict[str, str | int | None]:
+def made_with(config: LatentEncoderConfig, root: str, image_size: int) -> dict[str, str | int | None]:
     """What decides the latents of images, by recipe key: hashes of files, and values.
 
     Raises:
@@ -145,7 +150,7 @@ def load_latent_decoder(config: AutoencoderConfig, root: str) -> LatentDecoder:
     return module
 
 
-def _load_stats(module: _Normalised, config: AutoencoderConfig, root: str) -> None:
+def _load_stats(module: _Normalised, config: LatentEncoderConfig, root: str) -> None:
     if config.latent_stats is None or not values_wanted():
         return
     key = "autoencoder.latent_stats"

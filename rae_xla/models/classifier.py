@@ -1,7 +1,8 @@
-"""Two small image classifiers for the quickstart, which has no pretrained weights to start from.
+"""Two small image classifiers for the quickstart, which has no pretrained weights to start from, and a linear probe.
 
-B batch, C channels, K classes. One is the encoder with a linear head: training it makes the representation. The other
-is a plain convolutional network that shares nothing with it and judges what was generated.
+B batch, C channels, h = w = grid of a latent, K classes. One is the encoder with a linear head: training it makes the
+representation. The other is a plain convolutional network that shares nothing with it and judges what was generated.
+The probe is a linear layer by itself, on the latents of an encoder that stays as it is.
 """
 
 from __future__ import annotations
@@ -71,6 +72,23 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """float32 [B, 3, H, W] in [0, 1] -> logits float32 [B, K]."""
         return self.head(self.trunk(images).to(self.head.weight.dtype)).float()
+
+
+class LinearProbe(nn.Module):
+    """The mean of a latent's tokens, a linear layer."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(channels, num_classes)
+
+    def init_weights(self) -> None:
+        """Zeros: the loss is convex in them, so the start does not choose the end."""
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """float32 [B, C, h, w] -> logits float32 [B, K]."""
+        return self.head(latents.mean(dim=(2, 3)).to(self.head.weight.dtype)).float()
 
 
 def create_classifier(

@@ -20,8 +20,9 @@ Inputs = Mapping[str, Mapping[str, str]]
 COMPUTED = ("root", "run_dir", "runtime", "mesh", "compute", "log", "profile", "checkpoint", "recovery", "resume")
 # How images are fetched; not which, or in which order.
 _FETCHING = ("num_workers", "timeout_seconds", "give_up_seconds", "max_unreadable")
-# How long it is, too, and what only sampling reads.
-MAY_CHANGE = (*COMPUTED, *(f"data.stream.{key}" for key in _FETCHING), "sampler", "guidance", "train.num_epochs")
+# How long it is, too, and what only sampling and scoring read.
+_READ_LATER = ("sampler", "guidance", "heldout_source")
+MAY_CHANGE = (*COMPUTED, *(f"data.stream.{key}" for key in _FETCHING), *_READ_LATER, "train.num_epochs")
 
 
 class ResumeConfig(Config):

@@ -5,16 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from rae_xla.models.loading import without_values
-from rae_xla.recipe import AutoencoderRecipe, ClassifierRecipe, DiffusionRecipe, TrainingRecipe
+from rae_xla.recipe import (
+    AutoencoderRecipe,
+    ClassifierRecipe,
+    DiffusionRecipe,
+    LinearProbeRecipe,
+    TrainingRecipe,
+)
 from rae_xla.runtime import Runtime, check_batch_size
 from rae_xla.sharding import explained
 from rae_xla.training.autoencoder import autoencoder_task
 from rae_xla.training.classifier import classifier_task
 from rae_xla.training.diffusion import diffusion_task
+from rae_xla.training.linear_probe import linear_probe_task
 from rae_xla.training.loop import TrainingTask, run_training
 from rae_xla.training.update import check_microbatches
 
-TRAINING_TASKS = ("classifier", "autoencoder", "diffusion")
+TRAINING_TASKS = ("classifier", "autoencoder", "diffusion", "linear_probe")
 
 
 def train(recipe: TrainingRecipe, runtime: Runtime) -> dict[str, Any]:
@@ -42,5 +49,7 @@ def task_of(recipe: TrainingRecipe, runtime: Runtime) -> TrainingTask:
         return classifier_task(recipe, runtime)
     if isinstance(recipe, AutoencoderRecipe):
         return autoencoder_task(recipe, runtime)
+    if isinstance(recipe, LinearProbeRecipe):
+        return linear_probe_task(recipe, runtime)
     assert isinstance(recipe, DiffusionRecipe), type(recipe)
     return diffusion_task(recipe, runtime)

@@ -109,6 +109,9 @@ class CompiledStep:
             results, self._output_spec = tree_flatten(new_state_and_outputs)
             if self._output_spec.children_specs[0] != spec.children_specs[0]:
                 raise RuntimeError(f"{self.name}: the state that it returns is built otherwise than the one it takes")
+            # An input that comes out as it is has no place in the program, and its replay would be a buffer short.
+            given_ids = {id(argument) for argument in arguments}
+            results = [result.clone() if id(result) in given_ids else result for result in results]
             for old, new in zip(arguments[:num_state], results[:num_state], strict=True):
                 keep_sharding(old, new)
             return results
