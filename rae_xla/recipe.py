@@ -123,8 +123,8 @@ class AutoencoderRecipe(TrainingRecipe):
     def _fits(self) -> AutoencoderRecipe:
         _check_raw_features(self.autoencoder)
         _check_image_size(self.autoencoder, self.data.image_size)
-        if self.heldout is not None and self.heldout.source is None and self.data.source not in SOURCES:
-            raise ValueError(f"heldout.source: {self.data.source} has no split of its own; give another manifest")
+        if self.heldout is not None:
+            _check_heldout(self.data, self.heldout.source, "heldout.source")
         return self
 
 
@@ -140,14 +140,7 @@ class LinearProbeRecipe(TrainingRecipe):
 
     @model_validator(mode="after")
     def _held_out(self) -> LinearProbeRecipe:
-        source, in_memory = self.data.source, self.data.source in SOURCES
-        if in_memory and self.heldout_source is not None:
-            raise ValueError(f"heldout_source: must be null here, {source} holds out a part of its own")
-        if not in_memory and self.heldout_source in (None, *SOURCES):
-            raise ValueError(
-                f"heldout_source: required here, {source} is read as a manifest of one split; name that of the "
-                "held-out images"
-            )
+        _check_heldout(self.data, self.heldout_source, "heldout_source")
         return self
 
 
@@ -207,6 +200,15 @@ class EvaluationRecipe(RunRecipe):
     def _fits(self) -> EvaluationRecipe:
         _check_image_size(self.autoencoder, self.data.image_size)
         return self
+
+
+def _check_heldout(data: DataConfig, source: str | None, key: str) -> None:
+    if data.source in SOURCES and source is not None:
+        raise ValueError(f"{key}: must be null here, {data.source} holds out a part of its own")
+    if data.source not in SOURCES and source in (None, *SOURCES):
+        raise ValueError(
+            f"{key}: required here, {data.source} is read as a manifest of one split; name that of the held-out images"
+        )
 
 
 def _check_raw_features(autoencoder: AutoencoderConfig) -> None:

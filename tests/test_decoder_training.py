@@ -153,23 +153,24 @@ def test_a_run_resumed_before_its_phases_change_ends_as_the_other(root: Path, ea
     assert (again / "weights.safetensors").read_bytes() == (eager_run / "weights.safetensors").read_bytes()
 
 
-def test_xla_compiles_every_phase_first_and_trains_as_eager_does(
-    root: Path, eager_run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_xla_compiles_every_phase_first_and_trains_as_eager_does(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # VGG takes a CPU minutes to compile; tools/benchmark.py decoder has it in.
+    plain = "perceptual=null"
+    trained(root, plain, "run_dir=plain")
     with caplog.at_level(logging.INFO):
-        trained(root, "runtime=xla", "run_dir=xla")
+        trained(root, plain, "runtime=xla", "run_dir=xla")
     told = [record.getMessage() for record in caplog.records]
     compiled = [re.match(r"(\w+): traced and compiled", line) for line in told]
     names = [match[1] for match in compiled if match]
     assert names == ["decoder_reconstruction", "decoder_discriminator", "decoder_adversarial", "heldout"]
     first_scores = next(number for number, line in enumerate(told) if "held-out images: " in line)
     assert max(number for number, match in enumerate(compiled) if match) < first_scores
-    ours, expected = (load_file(run / "weights.safetensors") for run in (root / "xla", eager_run))
+    ours, expected = (load_file(run / "weights.safetensors") for run in (root / "xla", root / "plain"))
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-4)
-    lines, others = (read_metrics(str(run / "metrics.jsonl")) for run in (root / "xla", eager_run))
+    lines, others = (read_metrics(str(run / "metrics.jsonl")) for run in (root / "xla", root / "plain"))
     for line, other in zip(lines, others, strict=True):
-        for name in ("loss", "adaptive_weight", "discriminator_loss", "heldout_psnr", "heldout_ssim", "heldout_lpips"):
+        for name in ("loss", "adaptive_weight", "discriminator_loss", "heldout_psnr", "heldout_ssim"):
             assert (name in line) == (name in other)
             assert name not in line or line[name] == pytest.approx(other[name], rel=2e-3), (name, line["step"])
 
@@ -204,7 +205,7 @@ def test_held_out_scores_are_those_of_the_exported_weights(root: Path, eager_run
         (["adversarial.loss_from.step=1"], "adversarial.loss_from: step 1 is before the discriminator's first, 2"),
         (["adversarial.loss_from.epoch=2"], "adversarial.loss_from: give either epoch or step, the other null"),
         (["adversarial.loss_from=3"], "adversarial.loss_from"),
-        (["data.source=train.json"], "heldout.source: train.json has no split of its own; give another manifest"),
+        (["data.source=train.json"], "heldout.source: required here, train.json is read as a manifest"),
     ],
 )
 def test_mistakes_are_told_before_training(

@@ -35,7 +35,15 @@ RECIPES = {
     "quickstart/linear_probe": 0.00097,
     "quickstart/latent_stats": 0.0,
     "quickstart/evaluation": 0.4362,
+    "photographs/decoder": 0.2410,
     "linear_probe/dinov2_b": 0.769,
+    "decoders/dinov2_b": 415.4,
+    "decoders/dinov2_s": 414.9,
+    "decoders/dinov2_l": 415.7,
+    "decoders/siglip2_b": 415.4,
+    "decoders/mae_b": 415.4,
+    "decoders/dinov2_b_512": 416.2,
+    "decoders/dinov2_b_512_upsampled": 418.0,
     "released/dinov2_b": 415.4,
     "released/dinov2_b_512": 416.2,
     "released/siglip2_b": 415.4,
@@ -47,7 +55,7 @@ RECIPES = {
     "synthetic/dit_dh_xl": 838.7,
     "synthetic/decoder": 415.4,
 }
-BASES = {"quickstart/latents", "quickstart/autoencoder"}
+BASES = {"quickstart/latents", "quickstart/autoencoder", "decoders/imagenet256"}
 
 
 @pytest.fixture(scope="module")

@@ -76,6 +76,56 @@ def test_an_input_may_come_out_as_it_is(runtime: Runtime) -> None:
         assert runtime.to_host(state)["kept"].tolist() == [1.0] * 3
 
 
+def test_programs_prepared_at_the_start_take_turns_on_one_state(runtime: Runtime) -> None:
+    """None takes a tensor that an earlier one was traced with for a constant, or consumes it before its turn."""
+
+    def first(state, frozen, batch):
+        return {"sum": state["sum"] + frozen["scale"] * batch["x"].sum(dim=0)}, {}
+
+    def both(state, frozen, batch):
+        sums, _ = first({"sum": state["sum"]}, frozen, batch)
+        return {**sums, "later": state["later"] * 2 + sums["sum"]}, {"largest": batch["x"].max()}
+
+    def looks(state, frozen, batch):
+        return state, {"product": frozen["sum"] * batch["x"][0]}
+
+    programs = {function.__name__: runtime.compile(function, function.__name__) for function in (first, both, looks)}
+    state = runtime.place_state({"sum": torch.zeros(3), "later": torch.ones(3)})
+    frozen = runtime.place_frozen({"scale": torch.tensor(2.0)})
+
+    def batch(value: float) -> dict:
+        return runtime.place_batch({"x": torch.full((4, 3), value)})
+
+    programs["first"].prepare({"sum": state["sum"]}, frozen, batch(0.0))
+    programs["both"].prepare(state, frozen, batch(0.0))
+    programs["looks"].prepare({}, {"sum": state["sum"]}, batch(0.0))
+    assert runtime.to_host(state)["sum"].tolist() == [0.0] * 3
+    expected = np.array([0.0, 1.0])
+    for value in range(1, 7):
+        if value <= 3:
+            changed, _ = programs["first"]({"sum": state["sum"]}, frozen, batch(float(value)))
+        else:
+            changed, outputs = programs["both"](state, frozen, batch(float(value)))
+            assert runtime.to_host(outputs)["largest"].item() == value
+        state = {**state, **changed}
+        expected[0] += 2 * 4 * value
+        expected[1] = expected[1] if value <= 3 else 2 * expected[1] + expected[0]
+        # What a checkpoint does in between.
+        copy = runtime.parts_of(runtime.copied(state))
+        assert [part.parts[0,].tolist() for part in copy.values()] == [[number] * 3 for number in expected]
+        _, seen = programs["looks"]({}, {"sum": state["sum"]}, batch(float(value)))
+        assert runtime.to_host(seen)["product"].tolist() == [value * expected[0]] * 3
+
+
+def test_a_state_that_comes_out_in_another_order_is_an_error(runtime: Runtime) -> None:
+    def swaps(state, frozen, batch):
+        return {"b": state["b"] + 1, "a": state["a"] + batch["x"].sum()}, {}
+
+    state = runtime.place_state({"a": torch.zeros(3), "b": torch.ones(3)})
+    with pytest.raises(RuntimeError, match="swaps: the state that it returns is built otherwise"):
+        runtime.compile(swaps, "swaps")(state, {}, runtime.place_batch({"x": torch.ones(4)}))
+
+
 def test_the_device_loop_equals_the_python_loop(runtime: Runtime) -> None:
     eager = create("eager", MeshConfig(), "fp32")
     rows = torch.randn(7, 2, generator=torch.Generator().manual_seed(0))

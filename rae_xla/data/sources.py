@@ -149,6 +149,17 @@ def open_images(config: DataConfig, root: str, split: Split, key: str = "data.so
     return images
 
 
+def open_heldout(config: DataConfig, source: str | None, root: str, key: str) -> ImageSet | ShardedImages:
+    """Held-out images of a training on ``config``: a set's own split, or the manifest ``source``, which ``key`` names.
+
+    Raises:
+        UserError: as `open_images`.
+    """
+    if source is None:
+        return open_images(config, root, "heldout")
+    return open_images(config.model_copy(update={"source": source}), root, "heldout", key)
+
+
 def open_in_memory(config: DataConfig, split: Split) -> ImageSet:
     """A source that is a set in memory.
 

@@ -102,7 +102,7 @@ def run_batches(
 
         started: deque[tuple[Columns, dict[str, Tensor]]] = deque()
         for part in rows(size):
-            _, outputs = compiled({}, placed, runtime.place_batch(_padded(part, size)))
+            _, outputs = compiled({}, placed, runtime.place_batch(padded(part, size)))
             started.append((part, outputs))
             if len(started) > BATCHES_AHEAD:
                 yield finished(*started.popleft())
@@ -115,7 +115,8 @@ def num_rows_of(columns: Columns) -> int:
     return len(next(iter(columns.values())))
 
 
-def _padded(part: Columns, size: int) -> dict[str, Tensor]:
+def padded(part: Columns, size: int) -> dict[str, Tensor]:
+    """``size`` rows, the last as often as it takes; and ``is_real``, bool [size], false for what fills up."""
     rows = np.arange(size)
     filled = np.minimum(rows, num_rows_of(part) - 1)
     batch = {key: torch.from_numpy(values[filled]) for key, values in part.items()}

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from rae_xla.data.loader import images_in_order
-from rae_xla.data.sources import ImageSet, ShardedImages, num_classes_of, open_images
+from rae_xla.data.sources import ImageSet, ShardedImages, num_classes_of, open_heldout
 from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_rows
@@ -63,10 +63,7 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe, runtime: Runtime) -> dict[s
 
 
 def _open_heldout(recipe: LinearProbeRecipe) -> ImageSet | ShardedImages:
-    if recipe.heldout_source is None:
-        return open_images(recipe.data, recipe.root, "heldout")
-    config = recipe.data.model_copy(update={"source": recipe.heldout_source})
-    heldout = open_images(config, recipe.root, "heldout", "heldout_source")
+    heldout = open_heldout(recipe.data, recipe.heldout_source, recipe.root, "heldout_source")
     num_classes = num_classes_of(recipe.data, recipe.root)
     if heldout.num_classes != num_classes:
         raise UserError(

@@ -24,7 +24,7 @@ from rae_xla.errors import UserError
 from rae_xla.models.convert.encoders import features_only
 from rae_xla.models.convert.files import read_weight_file
 from rae_xla.models.functional import Tensors
-from rae_xla.models.layers import TokenNorm
+from rae_xla.models.layers import TokenNorm, compute_norms_in_float32
 from rae_xla.models.loading import assign_weights, on_meta, values_wanted
 from rae_xla.models.pretrained import pretrained_weights
 from rae_xla.models.resize import resize_bilinear
@@ -91,6 +91,7 @@ class DinoFeatures(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = _backbone(config)
+        compute_norms_in_float32(self.backbone)
         # Heads look at what blocks give, which no norm follows.
         self.backbone.norm = nn.Identity()
         pretrained: Any = timm.get_pretrained_cfg(config.timm_model)

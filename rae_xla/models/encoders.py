@@ -29,7 +29,7 @@ from rae_xla.config import Config
 from rae_xla.errors import UserError
 from rae_xla.models.convert.encoders import features_only, is_port, timm_from_port
 from rae_xla.models.convert.files import read_weight_file
-from rae_xla.models.layers import LayerNorm
+from rae_xla.models.layers import compute_norms_in_float32
 from rae_xla.models.loading import assign_weights, on_meta, values_wanted
 from rae_xla.models.resize import resize_bicubic
 
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
         backbone: Any = timm.create_model(config.timm_model, **config.timm_options)
         # The released autoencoders replace the last norm's scale and shift by none at all.
         backbone.norm = nn.LayerNorm(config.latent_shape[0], eps=backbone.norm.eps, elementwise_affine=False)
-        _compute_norms_in_float32(backbone)
+        compute_norms_in_float32(backbone)
         self.backbone = backbone
         mean, std = config.pixel_stats()
         self.register_buffer("pixel_mean", mean, persistent=False)
@@ -202,14 +202,6 @@ class Encoder(nn.Module):
         pixels = ((images - self.pixel_mean) / self.pixel_std).to(self.backbone.pos_embed.dtype)
         tokens = self.backbone.forward_features(pixels)[:, self.backbone.num_prefix_tokens :]
         return tokens.float().transpose(1, 2).unflatten(2, self.config.latent_shape[1:])
-
-
-def _compute_norms_in_float32(backbone: nn.Module) -> None:
-    for parent in list(backbone.modules()):
-        for name, norm in list(parent.named_children()):
-            if isinstance(norm, nn.LayerNorm):
-                affine = norm.elementwise_affine
-                setattr(parent, name, LayerNorm(list(norm.normalized_shape), eps=norm.eps, elementwise_affine=affine))
 
 
 def load_encoder(config: EncoderConfig, path: str, key: str) -> Encoder:

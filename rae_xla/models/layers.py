@@ -55,6 +55,15 @@ class LayerNorm(nn.LayerNorm):
         return functional.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
+def compute_norms_in_float32(backbone: nn.Module) -> None:
+    """Replace the layer norms of a timm model by `LayerNorm`; their names stay."""
+    for parent in list(backbone.modules()):
+        for name, norm in list(parent.named_children()):
+            if isinstance(norm, nn.LayerNorm):
+                affine = norm.elementwise_affine
+                setattr(parent, name, LayerNorm(list(norm.normalized_shape), eps=norm.eps, elementwise_affine=affine))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned scale, in float32 whatever the input's dtype."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 
 from rae_xla.config import Config
 from rae_xla.data.loader import images_in_order
-from rae_xla.data.sources import DataConfig, open_images
+from rae_xla.data.sources import DataConfig, open_heldout
 from rae_xla.data.transforms import to_bytes, to_unit
-from rae_xla.evaluation.batches import batch_size_for
+from rae_xla.evaluation.batches import batch_size_for, padded
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
 from rae_xla.losses.perceptual import PerceptualDistance
 from rae_xla.models.functional import call
@@ -64,10 +65,8 @@ class HeldoutReconstruction:
     ) -> None:
         self._config, self._runtime = config, runtime
         self._encoder, self._decoder, self._perceptual = encoder, decoder, perceptual
-        changes = {} if config.source is None else {"source": config.source}
-        plain = {"crop": "centre", "short_side": None, "flip": False, "random_shift_pixels": 0, "num_images": None}
-        self._data = data.model_copy(update={**plain, **changes})
-        self._images = open_images(self._data, root, "heldout")
+        self._data = data
+        self._images = open_heldout(data, config.source, root, "heldout.source")
         self._program = runtime.compile(self._score, "heldout")
         self._has_ssim = data.image_size > 2 * SSIM_BORDER
 
@@ -101,7 +100,7 @@ class HeldoutReconstruction:
         kept = {part: frozen[part] for part in ("encoder", "perceptual") if part in frozen}
         return {**kept, "decoder": {**frozen["buffers"], **state["ema"]}}
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
         """Batches on the devices, and the images of each, without what fills up the last."""
         runtime = self._runtime
         size = batch_size_for(self._config.batch_size, runtime)
@@ -109,28 +108,25 @@ class HeldoutReconstruction:
         own = slice(runtime.process_index, None, runtime.num_processes)
         for part in images_in_order(self._images, self._data)(size):
             images = part["images"][:left]
+            batch = padded({"images": images}, size)
+            yield runtime.place_batch({name: values[own] for name, values in batch.items()}), images
             left -= len(images)
-            rows = np.arange(size)
-            padded = np.minimum(rows, len(images) - 1)
-            counted = (rows < len(images)).astype(np.float32)
-            batch = {"images": torch.from_numpy(images[padded][own]), "counted": torch.from_numpy(counted[own])}
-            yield runtime.place_batch(batch), images
             if not left:
                 return
 
     def _score(self, state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
-            original = to_unit(batch["images"])
+            original, is_real = to_unit(batch["images"]), batch["is_real"].float()
             features = call(self._encoder, frozen["encoder"], self._runtime, original)
             made = call(self._decoder, frozen["decoder"], self._runtime, features)
             pixels = to_bytes(made)
             # As a file of the image would be seen.
             seen = to_unit(pixels)
-            scores = {"psnr": psnr(seen, original), "number": torch.ones_like(batch["counted"])}
+            scores = {"psnr": psnr(seen, original), "number": torch.ones_like(is_real)}
             if self._has_ssim:
                 scores["ssim"] = ssim(seen, original)
             if self._perceptual is not None:
                 both = 2 * seen - 1, 2 * original - 1
                 scores["lpips"] = call(self._perceptual, frozen["perceptual"], self._runtime, *both)
-            sums = {name: (values * batch["counted"]).sum() for name, values in scores.items()}
+            sums = {name: (values * is_real).sum() for name, values in scores.items()}
         return state, {**sums, "images": pixels}

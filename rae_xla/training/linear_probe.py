@@ -9,7 +9,6 @@ them. Both train with SGD or LARS on random resized crops, this with AdamW on wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ from rae_xla.runtime import Runtime
 from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.update import initial_state, make_update
+from rae_xla.training.phases import Phase
+from rae_xla.training.update import Model, initial_state, make_update
 
 
 def linear_probe_task(recipe: LinearProbeRecipe, runtime: Runtime) -> TrainingTask:
@@ -38,7 +38,7 @@ def linear_probe_task(recipe: LinearProbeRecipe, runtime: Runtime) -> TrainingTa
     module = initialised(lambda: LinearProbe(channels, images.num_classes), recipe.seed)
     steps_per_epoch = len(images) / recipe.data.batch_size
 
-    def loss(model: Callable[..., Tensor], frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(model: Model, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
             latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
         logits, labels = model(latents), batch["labels"].long()
@@ -51,8 +51,12 @@ def linear_probe_task(recipe: LinearProbeRecipe, runtime: Runtime) -> TrainingTa
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
-        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
-        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+        phases=(
+            Phase(
+                update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
+                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+            ),
+        ),
         export=dict,
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

@@ -235,6 +235,7 @@ class _Run:
         if len(scores.pictures) and self._runtime.process_index == 0:
             sheet = contact_sheet(scores.pictures, len(scores.pictures) // 2)
             write_png(storage.join(self.directory, SAMPLES, f"reconstructions_{self.progress.step:08d}.png"), sheet)
+            log.trackers.log_images(self.progress.step, {"reconstructions": sheet})
 
     def _save(self, log: MetricsLog) -> bool:
         """Save this step, unless it is one of bad ones, which a run may have to go back behind; not so the last."""

@@ -117,6 +117,7 @@ class MetricsLog:
             self._read(*self._pending.popleft())
         named = {f"heldout_{name}": value for name, value in scores.items()}
         self._lines.append(json.dumps({"step": step, **named}) + "\n")
+        self.trackers.log(step, named)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info("%s: step %d, held-out images: %s", self._name, step, shown)
 

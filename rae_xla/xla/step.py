@@ -123,6 +123,10 @@ class CompiledStep:
             # What was traced so far hangs on placeholders, and the next synchronisation would try to compute it.
             torch_xla._XLAC._clear_pending_irs(str(torch_xla.device()))
             raise
+        finally:
+            # The program knows what it consumes; nothing else that is computed of these is to consume them.
+            for tensor in tensors[:num_state]:
+                torch_xla._XLAC._set_buffer_donation(tensor, False)
         self.compile_seconds = time.perf_counter() - start
         logger.info("%s: traced and compiled in %.1f s", self.name, self.compile_seconds)
 
