@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -94,3 +95,23 @@ def test_memory_of_a_loader_stays_flat_over_100_000_samples(tmp_path: Path) -> N
     arriving.close()
     print([round(mib) for mib in found], "MiB after each 20,000 samples")
     assert found[-1] < 1.03 * found[0]
+
+
+@pytest.mark.nightly
+def test_a_small_decoder_learns_in_all_phases_on_eight_devices(tmp_path: Path) -> None:
+    """The decoder's training of the paper in small, and its table 5: what noise in training gains and costs."""
+    options = ["--root", str(tmp_path), "--json", str(tmp_path / "found.json")]
+    done = run_python("tools/benchmark.py", "decoder", *options, CPU_NUM_DEVICES="8")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    print(done.stdout)
+    assert found["steps"] == 208
+    first, last = found["first"], found["last"]
+    assert last["heldout_psnr"] > first["heldout_psnr"] + 2 and last["heldout_lpips"] < 0.8 * first["heldout_lpips"]
+    accuracies = [value for _, value in found["discriminator_accuracy"]]
+    assert accuracies and min(accuracies) > 0.1 and max(accuracies) < 0.95
+    weights = [value for _, value in found["adaptive_weight"]]
+    assert weights and all(0 < weight < 1e4 for weight in weights)
+    without, trained_with = found["trade_off"]["without"], found["trade_off"]["with"]
+    assert trained_with["noisy"] > without["noisy"] + 1
+    assert without["clean"] - 3 < trained_with["clean"] < without["clean"]

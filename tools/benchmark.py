@@ -6,6 +6,8 @@ step-overhead  host time of a training step of a DiT^DH, traced lazily every tim
                --depth-only for the true number of blocks and tensors at a tiny width, which a CPU runs;
                CPU_NUM_DEVICES=8 for eight virtual devices
 input          images a second from shards to batches of 256 px, beside torchvision's ImageFolder; --workers
+decoder        a small decoder on photographs with all losses, every phase of the paper's within 208 steps: its curves,
+               and what noise in training gains and costs; CPU_NUM_DEVICES=8 for eight virtual devices
 checkpoint-stall  how long a save of a model's training state keeps the loop, beside a synchronous one; --model dit_dh_b
 """
 
@@ -38,11 +40,12 @@ def width(arguments: argparse.Namespace) -> dict[str, Any]:
     """``rows`` of ``width loss bound steps``."""
     from rae_xla.benchmarks.width import WIDTHS, draw, loss_by_width
 
-    rows = loss_by_width(arguments.root, WIDTHS, [])
+    root = arguments.root or "runs/quickstart"
+    rows = loss_by_width(root, WIDTHS, [])
     print(f"width   loss  bound (tokens are {rows[0]['token_width']} wide)")
     for row in rows:
         print(f"{row['width']:5} {row['loss']:6.4f} {row['bound']:6.4f}")
-    picture = f"{arguments.root}/overfit/width.png"
+    picture = f"{root}/overfit/width.png"
     draw(rows, picture)
     print(f"drawn in {picture}")
     return {"rows": rows, "picture": picture}
@@ -96,6 +99,28 @@ def input_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def decoder(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``heldout``: rows of scores; curves of the discriminator; ``trade_off``: PSNR by training and by latents."""
+    from rae_xla.benchmarks.decoder import decoder_phases, draw, noise_trade_off
+
+    root = arguments.root or "runs/photographs"
+    result = decoder_phases(root, [])
+    picture = f"{root}/decoder.png"
+    draw(result, picture)
+    print("step  PSNR   SSIM    LPIPS   of held-out squares of two photographs, by averaged weights")
+    for line in result["heldout"]:
+        psnr, ssim, lpips = (line[f"heldout_{name}"] for name in ("psnr", "ssim", "lpips"))
+        print(f"{line['step']:4} {psnr:6.2f} {ssim:7.4f} {lpips:7.4f}")
+    for name in ("discriminator_accuracy", "adaptive_weight"):
+        values = [value for _, value in result[name]]
+        print(f"{name.replace('_', ' ')} from {min(values):.3f} to {max(values):.3f}")
+    print(f"drawn in {picture}")
+    trade_off = noise_trade_off(root, [])
+    for name, values in trade_off.items():
+        print(f"trained {name} noise: PSNR {values['clean']:.2f} of clean latents, {values['noisy']:.2f} of noisy ones")
+    return {**result, "trade_off": trade_off, "picture": picture}
+
+
 def checkpoint_stall(arguments: argparse.Namespace) -> dict[str, Any]:
     """``synchronous_seconds asynchronous_seconds ratio``."""
     from rae_xla.benchmarks.stall import checkpoint_stall as measured
@@ -122,6 +147,7 @@ if __name__ == "__main__":
         "width": width,
         "step-overhead": step_overhead,
         "input": input_speed,
+        "decoder": decoder,
         "checkpoint-stall": checkpoint_stall,
     }
     parser.add_argument("what", choices=list(measurements))
@@ -134,5 +160,9 @@ if __name__ == "__main__":
     )
     parser.add_argument("--workers", metavar="N", type=int, default=2, help="for input (default: 2)")
     parser.add_argument("--images", metavar="N", type=int, default=2048, help="for input (default: 2048)")
-    parser.add_argument("--root", metavar="DIR", default="runs/quickstart", help="of a quickstart, for width")
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        help="for width, of a quickstart (default: runs/quickstart); for decoder (default: runs/photographs)",
+    )
     cli.run(lambda arguments: measurements[arguments.what](arguments), parser)
