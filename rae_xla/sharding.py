@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -94,9 +94,14 @@ class Sharding:
         return self.automatic(name, shape, "fsdp")
 
     def of_state(self, path: Sequence[str], shape: Sequence[int]) -> Partition:
-        """Of a leaf of a training state: (..., "parameters", name), or what belongs to a parameter of its name."""
-        is_parameter = "parameters" in path[:-1]
-        return self.parameter(path[-1], shape) if is_parameter else self.optimizer(path[-1], shape)
+        """Of a leaf of a training state: (..., "parameters", name), or what belongs to a parameter of its name.
+
+        Rules are about the model that is trained, not about a discriminator beside it.
+        """
+        sharding = self if len(path) <= 2 else replace(self, rules=())
+        if "parameters" in path[:-1]:
+            return sharding.parameter(path[-1], shape)
+        return sharding.optimizer(path[-1], shape)
 
     def optimizer(self, name: str, shape: Sequence[int]) -> Partition:
         """Of a parameter's moments and average: the parameter's own, split on over the axes that it is whole along."""
@@ -179,13 +184,7 @@ def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str,
 
     A parameter's row counts its average and moments too.
     """
-    belonging = [tensors for part, tensors in state.items() if part != "parameters" and isinstance(tensors, Mapping)]
-    rows = []
-    for name, tensor in state["parameters"].items():
-        own, others = sharding.parameter(name, tensor.shape), sharding.optimizer(name, tensor.shape)
-        gib = _gib(tensor) / sharding.parts(own)
-        gib += sum(_gib(tensors[name]) for tensors in belonging) / sharding.parts(others)
-        rows.append((name, tensor, _described(own), _described(others), gib))
+    rows = _rows_of_state(sharding, state, ())
     for part, tensors in frozen.items():
         for name, tensor in tensors.items():
             own = sharding.automatic(name, tensor.shape, "fsdp")
@@ -198,6 +197,25 @@ def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str,
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *cells]]
     axes = ", ".join(f"{axis} {sharding.size(axis)}" for axis in AXES)
     return "\n".join([f"mesh: {axes}", *map(str.rstrip, lines), f"in all {sum(row[4] for row in rows):.4f} GiB a chip"])
+
+
+def _rows_of_state(
+    sharding: Sharding, state: Mapping[str, Any], path: tuple[str, ...]
+) -> list[tuple[str, Any, str, str, float]]:
+    rows: list[tuple[str, Any, str, str, float]] = []
+    belonging = {part: t for part, t in state.items() if isinstance(t, Mapping) and "parameters" not in (part, *t)}
+    for name, tensor in state["parameters"].items():
+        own = sharding.of_state((*path, "parameters", name), tensor.shape)
+        gib, others = _gib(tensor) / sharding.parts(own), own
+        for part, tensors in belonging.items():
+            if name in tensors:
+                others = sharding.of_state((*path, part, name), tensor.shape)
+                gib += _gib(tensors[name]) / sharding.parts(others)
+        rows.append((": ".join((*path, name)), tensor, _described(own), _described(others), gib))
+    for part, within in state.items():
+        if isinstance(within, Mapping) and "parameters" in within:
+            rows += _rows_of_state(sharding, within, (*path, part))
+    return rows
 
 
 def _gib(tensor: Any) -> float:

@@ -83,16 +83,16 @@ def test_weighing_by_gradients_equals_two_full_backward_passes(root: Path) -> No
     runtime = create("eager", MeshConfig(), "fp32")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root)
     module = initialised(lambda: LatentDecoder(recipe.autoencoder), 1)
-    losses = DecoderLosses(recipe, runtime, encoder, module)
-    losses.perceptual = load_perceptual_distance(str(root / "vgg16.safetensors"), "perceptual.weights")
+    perceptual = load_perceptual_distance(str(root / "vgg16.safetensors"), "perceptual.weights")
     config = recipe.adversarial.discriminator
-    losses.dino = load_features(config, str(root / "dino.safetensors"), "adversarial.discriminator.weights")
-    losses.heads = heads = initialised(lambda: DiscriminatorHeads(config), 2)
+    dino = load_features(config, str(root / "dino.safetensors"), "adversarial.discriminator.weights")
+    heads = initialised(lambda: DiscriminatorHeads(config), 2)
+    losses = DecoderLosses(recipe, runtime, encoder, module, perceptual, (dino, heads))
     frozen = {
         "buffers": buffers_of(module),
         "encoder": tensors_of(encoder),
-        "perceptual": tensors_of(losses.perceptual),
-        "dino": tensors_of(losses.dino),
+        "perceptual": tensors_of(perceptual),
+        "dino": tensors_of(dino),
         "discriminator": tensors_of(heads),
     }
     images = open_in_memory(recipe.data, "train")
@@ -106,9 +106,9 @@ def test_weighing_by_gradients_equals_two_full_backward_passes(root: Path) -> No
         features = encoder(original)
         features = features + latent_noise(recipe.latent_noise, recipe.seed, batch["positions"], features.shape)
     decoded = call(module, {**frozen["buffers"], **leaves}, runtime, features)
-    difference = (decoded - original).abs().mean() + losses.perceptual(2 * original - 1, 2 * decoded - 1).mean()
+    difference = (decoded - original).abs().mean() + perceptual(2 * original - 1, 2 * decoded - 1).mean()
     numbers = drawn(recipe.seed, Purpose.AUGMENT_DECODED, batch["positions"])
-    judged = decoder_loss(heads(losses.dino(augmented(2 * decoded - 1, numbers))))
+    judged = decoder_loss(heads(dino(augmented(2 * decoded - 1, numbers))))
     of_difference, of_judged = (
         dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), retain_graph=True), strict=True))
         for loss in (difference, judged)

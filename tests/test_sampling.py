@@ -201,4 +201,4 @@ def test_ssim_equals_its_definition() -> None:
 def test_lpips_is_left_out_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     images = np.zeros((1, 64, 64, 3), np.uint8)
-    assert lpips(images, images) is None and not (tmp_path / "checkpoints" / VGG_FILE).exists()
+    assert lpips(images, images, str(tmp_path)) is None and not (tmp_path / "checkpoints" / VGG_FILE).exists()

@@ -70,12 +70,12 @@ def _psnr_of_latents(recipe: AutoencoderRecipe) -> dict[str, float]:
     autoencoder = recipe.autoencoder.model_copy(update={"decoder": trained})
     encoder, decoder = load_latent_encoder(autoencoder, recipe.root), load_latent_decoder(autoencoder, recipe.root)
     images = to_unit(torch.from_numpy(open_in_memory(recipe.data, "heldout").images))
-    # Of the size that training with noise sees on average, for every image.
+    # Noise as in training, but other draws.
     rows = torch.arange(len(images), dtype=torch.int32)
     config = load_recipe(str(RECIPE), []).latent_noise
     with torch.no_grad():
         latents = encoder(images)
-        noisy = latents + latent_noise(config, recipe.seed, rows, latents.shape)
+        noisy = latents + latent_noise(config, recipe.seed + 1, rows, latents.shape)
         return {
             name: float(psnr(decoder(given).clamp(0, 1), images).mean())
             for name, given in (("clean", latents), ("noisy", noisy))

@@ -79,11 +79,7 @@ def run_batches(
     Raises:
         UserError: there are several hosts, and each would have a part of the results.
     """
-    if runtime.num_processes > 1:
-        raise UserError(
-            f"mesh: this slice has {runtime.num_processes} hosts, and {name} is not gathered across hosts yet; take a "
-            "slice of one host (v6e-8 or smaller)"
-        )
+    check_one_host(runtime, name)
 
     def step(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
@@ -108,6 +104,15 @@ def run_batches(
                 yield finished(*started.popleft())
         while started:
             yield finished(*started.popleft())
+
+
+def check_one_host(runtime: Runtime, name: str) -> None:
+    """Raises a `UserError` if there are several hosts, each of which would have a part of the results of ``name``."""
+    if runtime.num_processes > 1:
+        raise UserError(
+            f"mesh: this slice has {runtime.num_processes} hosts, and {name} is not gathered across hosts yet; take a "
+            "slice of one host (v6e-8 or smaller)"
+        )
 
 
 def num_rows_of(columns: Columns) -> int:

@@ -11,7 +11,7 @@ from rae_xla.data.loader import images_in_order
 from rae_xla.data.sources import ImageSet, ShardedImages, num_classes_of, open_heldout
 from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
-from rae_xla.evaluation.batches import map_rows
+from rae_xla.evaluation.batches import check_one_host, map_rows
 from rae_xla.models.autoencoder import load_latent_encoder, made_with
 from rae_xla.models.classifier import LinearProbe
 from rae_xla.models.functional import call, tensors_of
@@ -33,6 +33,7 @@ def evaluate_linear_probe(recipe: LinearProbeRecipe, runtime: Runtime) -> dict[s
         UserError: held-out images or weights are missing or do not fit.
     """
     # Before the training: it is long, and a wrong path is to be told at once.
+    check_one_host(runtime, "linear probe")
     heldout = _open_heldout(recipe)
     steps = train(recipe, runtime)["steps"]
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)

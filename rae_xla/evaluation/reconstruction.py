@@ -16,9 +16,10 @@ from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.evaluation.files import contact_sheet, write_png
 from rae_xla.evaluation.similarity import SSIM_BORDER, as_unit, psnr, ssim
-from rae_xla.losses.perceptual import load_perceptual_distance
+from rae_xla.losses.perceptual import TIMM_MODEL, load_perceptual_distance
 from rae_xla.models.autoencoder import AutoencoderConfig, load_latent_decoder, load_latent_encoder
 from rae_xla.models.functional import call, tensors_of
+from rae_xla.models.pretrained import pretrained_path
 from rae_xla.runtime import Runtime
 
 # torchvision's ImageNet weights, which the LPIPS of the papers stands on, where torch.hub keeps them.
@@ -61,7 +62,7 @@ def reconstruct_files(
     values: dict[str, np.ndarray | None] = {
         "psnr": psnr(as_unit(originals), as_unit(images)).numpy(),
         "ssim": ssim(as_unit(originals), as_unit(images)).numpy() if config.image_size > 2 * SSIM_BORDER else None,
-        "lpips": lpips(originals, images),
+        "lpips": lpips(originals, images, root),
     }
     rows = []
     for index, file in enumerate(files):
@@ -86,14 +87,16 @@ def read_image(path: str) -> Image.Image:
         raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
 
 
-def lpips(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray | None:
+def lpips(originals: np.ndarray, reconstructions: np.ndarray, root: str) -> np.ndarray | None:
     """LPIPS with VGG of each image, float32 [n]; uint8 [n, H, W, 3] both.
 
-    ``None`` if VGG's weights are not in torch.hub's folder of checkpoints; nothing is downloaded.
+    ``None`` if VGG's weights are neither where a training puts them in ``root`` nor in torch.hub's folder of
+    checkpoints; nothing is downloaded.
     """
-    file = Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE
-    if not file.exists():
+    files = [pretrained_path(TIMM_MODEL, root), str(Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE)]
+    file = next((file for file in files if storage.exists(file)), None)
+    if file is None:
         return None
-    network = load_perceptual_distance(str(file), "LPIPS")
+    network = load_perceptual_distance(file, "LPIPS")
     pairs = zip(as_unit(originals).float(), as_unit(reconstructions).float(), strict=True)
     return np.array([network(2 * first[None] - 1, 2 * second[None] - 1).item() for first, second in pairs])

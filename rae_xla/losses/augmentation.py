@@ -1,7 +1,8 @@
 """Differentiable augmentation of what a discriminator sees: translation and colour (arXiv 2006.10738), without cutout.
 
 B batch, H = W image side. Everything is drawn for each image by itself, and shapes are fixed: an image is moved by two
-products with matrices of zeros and ones, which a TPU does in passing and which have a gradient.
+products with matrices of zeros and ones, which a TPU does in passing and which have a gradient. At a TPU's default
+precision pixels are rounded to bfloat16 by it, real and reconstructed ones alike.
 """
 
 from __future__ import annotations

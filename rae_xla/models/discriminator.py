@@ -3,8 +3,9 @@
 B batch, D width of the backbone, N patch tokens, K kernel, L logits of an image.
 
 As released: the last block's features go through two heads, once as the last and once as block 11's; the norm, called
-batch norm there, takes its statistics over the tokens of each image by itself, as an instance norm does. Real and
-reconstructed images go through in one pass, so the vectors of the spectral norm move on once an update, there twice.
+batch norm there, takes its statistics over the tokens of each image by itself, as an instance norm does. Its MLPs take
+the tanh approximation of GELU, which DINO itself does not. Real and reconstructed images go through in one pass, so the
+vectors of the spectral norm move on once an update, there twice.
 """
 
 from __future__ import annotations
@@ -64,8 +65,11 @@ class DiscriminatorConfig(Config):
         except (AssertionError, TypeError, RuntimeError) as error:
             raise ValueError(f"timm_model: {self.timm_model} cannot be built with these sizes ({error})") from error
         depth = len(backbone.blocks)
-        if max(self.feature_blocks) >= depth:
-            raise ValueError(f"feature_blocks: {max(self.feature_blocks)} is not there; blocks are 0 to {depth - 1}")
+        wrong = [block for block in self.feature_blocks if not 0 <= block < depth]
+        if wrong:
+            raise ValueError(f"feature_blocks: {wrong[0]} is not there; blocks are 0 to {depth - 1}")
+        if list(self.feature_blocks) != sorted(set(self.feature_blocks)):
+            raise ValueError(f"feature_blocks: {list(self.feature_blocks)} are not in order, each once")
         return self
 
     @property

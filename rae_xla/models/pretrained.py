@@ -1,4 +1,4 @@
-"""Encoders' published weights: fetched once from the Hugging Face hub, kept under the recipe's ``root``."""
+"""Published weights of timm's models: fetched once from the Hugging Face hub, kept under the recipe's ``root``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def pretrained_weights(
     Raises:
         UserError: no network or no such model, or process 0 did not deliver in time; names ``key`` and the remedy.
     """
-    path = storage.join(root, "pretrained", f"{timm_model}.safetensors")
+    path = pretrained_path(timm_model, root)
     if process_index == 0:
         if not storage.exists(path):
             _fetch(timm_model, path, key)
@@ -38,6 +38,11 @@ def pretrained_weights(
             raise UserError(f"{key}: process 0 has not written {path}; root must be a place that all hosts share")
         time.sleep(min(5.0, wait_seconds))
     return path
+
+
+def pretrained_path(timm_model: str, root: str) -> str:
+    """Where a root has them."""
+    return storage.join(root, "pretrained", f"{timm_model}.safetensors")
 
 
 @contextmanager
@@ -62,6 +67,6 @@ def _fetch(timm_model: str, path: str, key: str) -> None:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"{key}: {timm_model} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
-            f"with no network, put timm's or transformers' safetensors somewhere and give its path here"
+            f"with no network, put the file of huggingface.co/timm/{timm_model} somewhere and give its path here"
         ) from error
     storage.write_tensors(path, backbone.state_dict())

@@ -35,7 +35,8 @@ def preflight(arguments: argparse.Namespace, topologies: list[Topology]) -> tupl
     programs = _chosen(recipe, arguments.program)
     settings: list[tuple[str, ...]] = [()]
     if arguments.search:
-        programs = [program for program in programs if program in phases_of_training(recipe)]
+        # Of a training's phases the last, which is the dearest.
+        programs = list(phases_of_training(recipe))[-1:]
         settings = [(), *_alternatives(recipe, topologies)]
     for where in topologies:
         try:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rae_xla.data.loader import blank_batch
-from rae_xla.data.sources import open_images, open_source
+from rae_xla.data.sources import ImageSet, ShardedImages, open_images, open_source
 from rae_xla.errors import UserError
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.evaluation.latent_stats import Progress, statistics_so_far
@@ -30,7 +30,7 @@ from rae_xla.recipe import (
 )
 from rae_xla.runtime import CountedProgram, Runtime, TracedProgram, create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.adversarial import PHASES, PhaseName
+from rae_xla.training.adversarial import PhaseName
 from rae_xla.training.autoencoder import decoder_phases
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import total_steps
@@ -63,20 +63,24 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
 def phases_of_training(recipe: CommonRecipe) -> dict[str, PhaseName | None]:
     """Names of a training's programs, and which of its phases each is, if it has several."""
     if isinstance(recipe, AutoencoderRecipe) and recipe.adversarial is not None:
-        return {f"train_{phase}": phase for phase in PHASES}
+        return {f"train_{phase.name}": phase.name for phase in decoder_phases(recipe, _images_of(recipe))}
     return {"train": None} if isinstance(recipe, TrainingRecipe) else {}
 
 
 def num_steps_of(recipe: TrainingRecipe, program: str) -> int:
-    """Of a training's program in the recipe's whole run; none of a phase that it does not come to."""
-    images = open_source(recipe.data, recipe.root, "train")
+    """Of a training's program in the recipe's whole run."""
+    images = _images_of(recipe)
     num_steps = total_steps(recipe.train, len(images) / recipe.data.batch_size)
     if not isinstance(recipe, AutoencoderRecipe):
         return num_steps
     begins = decoder_phases(recipe, images)
     ends = [*[phase.after for phase in begins[1:]], num_steps]
     wanted = phases_of_training(recipe)[program]
-    return next((end - phase.after for phase, end in zip(begins, ends, strict=True) if wanted in (None, phase.name)), 0)
+    return next(end - phase.after for phase, end in zip(begins, ends, strict=True) if wanted in (None, phase.name))
+
+
+def _images_of(recipe: TrainingRecipe) -> ImageSet | ShardedImages:
+    return open_source(recipe.data, recipe.root, "train")
 
 
 def traced(recipe: CommonRecipe, program: str, num_chips: int) -> TracedProgram:
@@ -114,9 +118,7 @@ def _start(recipe: CommonRecipe, program: str, runtime: Runtime) -> None:
 
 def _train(recipe: TrainingRecipe, name: PhaseName | None, runtime: Runtime) -> None:
     task = task_of(recipe, runtime)
-    phase = next((phase for phase in task.phases if name is None or phase.name == f"decoder_{name}"), None)
-    if phase is None:
-        raise UserError(f"--program: this recipe's {task.num_steps} steps have none of the phase {name}")
+    phase = next(phase for phase in task.phases if name is None or phase.name == f"decoder_{name}")
     state, frozen = runtime.place_state(phase.touched(task.state)), runtime.place_frozen(task.frozen)
     batch = runtime.place_batch(blank_batch(task.images, recipe.data))
     runtime.compile(phase.update, phase.name or task.name)(state, frozen, batch)

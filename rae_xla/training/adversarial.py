@@ -6,6 +6,7 @@ discriminator learns after the decoder, from reconstructions by the decoder's ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -63,6 +64,7 @@ def used_discriminator(state: dict[str, Any]) -> Tensors:
 
 
 def make_adversarial_update(
+    prepare: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]],
     decoder_gradients: MeanGradients,
     discriminator_gradients: MeanGradients,
     config: OptimizerConfig,
@@ -72,14 +74,16 @@ def make_adversarial_update(
     """One step of AdamW for the decoder, then one for the discriminator; both or, if either is not finite, none.
 
     The state has `discriminator_state` beside the decoder's. ``decoder_gradients`` finds it in what is frozen, as
-    ``discriminator``; ``discriminator_gradients`` so finds the ``decoder``. ``begins_after``: steps that were done
-    before the discriminator's first.
+    ``discriminator``; ``discriminator_gradients`` so finds the ``decoder``. ``prepare``: adds to a batch what both need
+    of it. ``begins_after``: steps that were done before the discriminator's first. Its gradients are not clipped.
     """
+    unclipped = config.model_copy(update={"clip_norm": None})
 
     def update(
         state: dict[str, Any], frozen: dict[str, Any], batch: dict[str, Tensor]
     ) -> tuple[dict[str, Any], Tensors]:
         heads = state["discriminator"]
+        batch = prepare(frozen, batch)
         given = {**frozen, "discriminator": used_discriminator(state)}
         gradients, metrics = decoder_gradients(state["parameters"], given, batch)
         with torch.no_grad():
@@ -92,7 +96,7 @@ def make_adversarial_update(
         gradients, of_heads = discriminator_gradients(heads["parameters"], given, batch)
         with torch.no_grad():
             heads_rate = learning_rate_at(state["step"] - begins_after, config, steps_per_epoch)
-            new_heads, heads_norm = optimized(heads, gradients, heads["updates"], heads_rate, config)
+            new_heads, heads_norm = optimized(heads, gradients, heads["updates"], heads_rate, unclipped)
             updated["discriminator"] = {**new_heads, "vectors": vectors, "updates": heads["updates"] + 1}
             measured = [metrics["loss"], norm, of_heads["loss"], heads_norm]
             new_state, skipped = committed(state, updated, torch.stack(measured).isfinite().all())

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from rae_xla.data.sources import ImageSet, ShardedImages, open_images
 from rae_xla.errors import UserError
 from rae_xla.losses.perceptual import load_perceptual_distance, perceptual_weights_path
 from rae_xla.models.autoencoder import LatentDecoder, encoder_weights_path, load_latent_decoder, load_latent_encoder
 from rae_xla.models.convert.released import layout_of
-from rae_xla.models.discriminator import DiscriminatorHeads, discriminator_weights_path, load_features
-from rae_xla.models.functional import buffers_of, tensors_of
+from rae_xla.models.discriminator import DinoFeatures, DiscriminatorHeads, discriminator_weights_path, load_features
+from rae_xla.models.functional import Tensors, buffers_of, tensors_of
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import AutoencoderRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.adversarial import (
     Begin,
+    PhaseName,
     discriminator_state,
     make_adversarial_update,
     phases_of,
@@ -28,7 +33,9 @@ from rae_xla.training.heldout import HeldoutReconstruction
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.phases import Phase
-from rae_xla.training.update import Loss, initial_state, make_mean_gradients, make_update
+from rae_xla.training.update import Loss, StepFunction, initial_state, make_mean_gradients, make_update
+
+logger = logging.getLogger(__name__)
 
 PERCEPTUAL_KEY = "perceptual.weights"
 DISCRIMINATOR_KEY = "adversarial.discriminator.weights"
@@ -43,6 +50,8 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
     """
     images = open_images(recipe.data, recipe.root, "train")
     phases = decoder_phases(recipe, images)
+    if recipe.adversarial is not None and phases[-1].name != "adversarial":
+        logger.warning("adversarial.loss_from: the run ends before it; the decoder never learns from the discriminator")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
     if recipe.autoencoder.decoder.weights is None:
         module = initialised(lambda: LatentDecoder(recipe.autoencoder), recipe.seed)
@@ -53,22 +62,24 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         **recipe.paths({"autoencoder.decoder.weights": recipe.autoencoder.decoder.weights}),
     }
     state, frozen = initial_state(module), {"buffers": buffers_of(module), "encoder": tensors_of(encoder)}
-    losses = DecoderLosses(recipe, runtime, encoder, module)
+    perceptual = discriminator = heldout = None
     if recipe.perceptual is not None:
         path = perceptual_weights_path(recipe.perceptual, recipe.root, PERCEPTUAL_KEY, runtime.process_index)
-        losses.perceptual = load_perceptual_distance(path, PERCEPTUAL_KEY)
-        inputs[PERCEPTUAL_KEY], frozen["perceptual"] = path, tensors_of(losses.perceptual)
+        perceptual = load_perceptual_distance(path, PERCEPTUAL_KEY)
+        inputs[PERCEPTUAL_KEY], frozen["perceptual"] = path, tensors_of(perceptual)
     if recipe.adversarial is not None:
         config = recipe.adversarial.discriminator
         path = discriminator_weights_path(config, recipe.root, DISCRIMINATOR_KEY, runtime.process_index)
-        losses.dino = load_features(config, path, DISCRIMINATOR_KEY)
-        losses.heads = initialised(lambda: DiscriminatorHeads(config), recipe.seed + HEADS_SEED_OFFSET)
-        inputs[DISCRIMINATOR_KEY], frozen["dino"] = path, tensors_of(losses.dino)
-        state["discriminator"] = discriminator_state(losses.heads)
-    heldout = None
+        dino = load_features(config, path, DISCRIMINATOR_KEY)
+        heads = initialised(lambda: DiscriminatorHeads(config), recipe.seed + HEADS_SEED_OFFSET)
+        discriminator = dino, heads
+        inputs[DISCRIMINATOR_KEY], frozen["dino"] = path, tensors_of(dino)
+        state["discriminator"] = discriminator_state(heads)
+    losses = DecoderLosses(recipe, runtime, encoder, module, perceptual, discriminator)
     if recipe.heldout is not None:
         data, root = recipe.data, recipe.root
-        heldout = HeldoutReconstruction(recipe.heldout, data, root, runtime, encoder, module, losses.perceptual)
+        heldout = HeldoutReconstruction(recipe.heldout, data, root, runtime, encoder, module, perceptual)
+    make = _Phases(recipe, runtime, losses, module, discriminator, len(images) / recipe.data.batch_size)
     return TrainingTask(
         name="decoder",
         images=images,
@@ -76,7 +87,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         module=module,
         state=state,
         frozen=frozen,
-        phases=tuple(_phase(begin, phases, recipe, runtime, losses, len(images)) for begin in phases),
+        phases=tuple(make.phase(begin) for begin in phases),
         heldout=heldout,
         export=lambda ema: {name.removeprefix("decoder."): value for name, value in ema.items()},
         inputs=inputs,
@@ -97,39 +108,75 @@ def decoder_phases(recipe: AutoencoderRecipe, images: ImageSet | ShardedImages) 
         raise UserError(f"adversarial.{error}") from error
 
 
-def _phase(
-    begin: Begin,
-    phases: list[Begin],
-    recipe: AutoencoderRecipe,
-    runtime: Runtime,
-    losses: DecoderLosses,
-    num_images: int,
-) -> Phase:
-    steps_per_epoch = num_images / recipe.data.batch_size
-    module, compute = losses.decoder, recipe.compute
-    loss: Loss = losses.adversarial if begin.name == "adversarial" else losses.reconstruction
-    diagnosed: Loss = losses.unweighed if begin.name == "adversarial" else losses.reconstruction
-    if begin.name == "reconstruction":
-        update = make_update(module, loss, recipe.train, compute, steps_per_epoch, runtime)
-    else:
-        assert losses.heads is not None
-        parts = ComputeConfig(num_microbatches=compute.num_microbatches)
-        update = make_adversarial_update(
-            make_mean_gradients(module, loss, compute, runtime),
-            make_mean_gradients(losses.heads, losses.discriminator, parts, runtime),
-            recipe.train,
-            next(phase.after for phase in phases if phase.name != "reconstruction"),
-            steps_per_epoch,
+@dataclass(frozen=True)
+class _Phases:
+    """What phases of a run are made of."""
+
+    recipe: AutoencoderRecipe
+    runtime: Runtime
+    losses: DecoderLosses
+    module: LatentDecoder
+    discriminator: tuple[DinoFeatures, DiscriminatorHeads] | None
+    steps_per_epoch: float
+
+    def phase(self, begin: Begin) -> Phase:
+        """Of a decoder by itself, or beside its discriminator."""
+        name = f"decoder_{begin.name}"
+        of_decoder = make_diagnosis(self.module, self.losses.reconstruction, self.recipe.compute, self.runtime)
+        if self.discriminator is None or begin.name == "reconstruction":
+            update = make_update(
+                self.module,
+                self.losses.reconstruction,
+                self.recipe.train,
+                self.recipe.compute,
+                self.steps_per_epoch,
+                self.runtime,
+            )
+            untouched = () if self.discriminator is None else ("discriminator",)
+            return Phase(name=name, begins_after=begin.after, update=update, diagnosis=of_decoder, untouched=untouched)
+        return Phase(
+            name=name,
+            begins_after=begin.after,
+            update=self._adversarial_update(begin.name, self.discriminator[1]),
+            diagnosis=self._diagnosis(begin.name, of_decoder, self.discriminator[1]),
+            diagnosed=lambda state: {"parameters": state["parameters"], "discriminator": state["discriminator"]},
         )
-    return Phase(
-        name=f"decoder_{begin.name}",
-        begins_after=begin.after,
-        update=update,
-        diagnosis=make_diagnosis(module, diagnosed, compute, runtime),
-        diagnosed=_diagnosed if begin.name == "adversarial" else Phase.diagnosed,
-        untouched=("discriminator",) if begin.name == "reconstruction" else (),
-    )
 
+    def _adversarial_update(self, phase: PhaseName, heads: DiscriminatorHeads) -> StepFunction:
+        recipe, losses, runtime = self.recipe, self.losses, self.runtime
+        assert recipe.adversarial is not None
+        loss: Loss = losses.adversarial if phase == "adversarial" else losses.reconstruction
+        return make_adversarial_update(
+            losses.with_features,
+            make_mean_gradients(self.module, loss, recipe.compute, runtime),
+            make_mean_gradients(heads, losses.discriminator, self._of_heads, runtime),
+            recipe.train,
+            recipe.adversarial.discriminator_from.in_steps(self.steps_per_epoch),
+            self.steps_per_epoch,
+        )
 
-def _diagnosed(state: dict[str, Any]) -> dict[str, Any]:
-    return {"parameters": state["parameters"], "discriminator": used_discriminator(state)}
+    def _diagnosis(self, phase: PhaseName, of_decoder: StepFunction, heads: DiscriminatorHeads) -> StepFunction:
+        """The decoder, then the discriminator, then the decoder with the discriminator's loss."""
+        recipe, losses, runtime = self.recipe, self.losses, self.runtime
+        of_discriminator = make_diagnosis(heads, losses.discriminator, self._of_heads, runtime)
+        of_both = make_diagnosis(self.module, losses.unweighed, recipe.compute, runtime)
+
+        def diagnosis(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, Tensors]:
+            found = of_decoder(state, frozen, batch)[1]
+            own = frozen["discriminator"]
+            decoder = {**frozen["buffers"], **frozen["parameters"]}
+            given = {**frozen, "buffers": own["vectors"], "parameters": own["parameters"], "decoder": decoder}
+            named = of_discriminator(state, given, batch)[1]
+            found |= {f"discriminator's {name}": value for name, value in named.items()}
+            if phase == "adversarial":
+                given = {**frozen, "discriminator": used_discriminator({"discriminator": own})}
+                named = of_both(state, given, batch)[1]
+                found |= {f"{name}, with the adversarial loss": value for name, value in named.items()}
+            return state, found
+
+        return diagnosis
+
+    @property
+    def _of_heads(self) -> ComputeConfig:
+        # Heads have no blocks.
+        return ComputeConfig(num_microbatches=self.recipe.compute.num_microbatches)

@@ -28,8 +28,9 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.
 
 
 class ComputeConfig(Config):
-    """How a step is computed; what it computes stays the same, to rounding.
+    """How a step is computed. What it computes stays the same, to rounding.
 
+    But for one thing: with ``num_microbatches`` the adaptive weight of an adversarial loss is that of each part.
     ``blocks``: ``list`` unrolls them, ``scan`` compiles one block and loops over it. ``remat``: see the module.
     ``num_microbatches``: gradients are summed over so many parts of the batch, one after the other.
     """

@@ -33,13 +33,24 @@ LAST_LAYER = "decoder.output.weight"
 class DecoderLosses:
     """What decoder and discriminator make small; all are `rae_xla.training.update.Loss`."""
 
-    def __init__(self, recipe: AutoencoderRecipe, runtime: Runtime, encoder: nn.Module, decoder: LatentDecoder) -> None:
+    def __init__(
+        self,
+        recipe: AutoencoderRecipe,
+        runtime: Runtime,
+        encoder: nn.Module,
+        decoder: LatentDecoder,
+        perceptual: PerceptualDistance | None,
+        discriminator: tuple[DinoFeatures, DiscriminatorHeads] | None,
+    ) -> None:
         self._recipe, self._runtime = recipe, runtime
-        self._encoder, self.decoder = encoder, decoder
+        self._encoder, self._decoder = encoder, decoder
         self._run_blocks = make_run_blocks(recipe.compute, runtime)
-        self.perceptual: PerceptualDistance | None = None
-        self.dino: DinoFeatures | None = None
-        self.heads: DiscriminatorHeads | None = None
+        self._perceptual = perceptual
+        self._discriminator = discriminator
+
+    def with_features(self, frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with its images' features, for losses that share them."""
+        return {**batch, "features": self._features(frozen, batch)}
 
     def reconstruction(self, model: Model, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """L1 and LPIPS."""
@@ -74,17 +85,18 @@ class DecoderLosses:
 
     def discriminator(self, model: Model, frozen: Any, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The hinge loss of the heads; they see as many images as reconstructions, augmented each by itself."""
-        assert self.dino is not None
+        assert self._discriminator is not None
+        dino, _ = self._discriminator
         runtime, seed, rows = self._runtime, self._recipe.seed, batch["positions"]
         with torch.no_grad():
             original = to_unit(batch["images"])
-            features = call(self._encoder, frozen["encoder"], runtime, original)
-            decoded = call(self.decoder, frozen["decoder"], runtime, features, run_blocks=self._run_blocks)
+            features = self._features(frozen, batch)
+            decoded = call(self._decoder, frozen["decoder"], runtime, features, run_blocks=self._run_blocks)
             real = augmented(_signed(original), drawn(seed, Purpose.AUGMENT_REAL, rows))
             fake = augmented(quantised(_signed(decoded)), drawn(seed, Purpose.AUGMENT_FAKE, rows))
             # Side by side, so that every device has as many of both without moving any.
-            both = torch.stack([real, fake], dim=1).flatten(0, 1)
-            tokens = call(self.dino, frozen["dino"], runtime, both)
+            both = runtime.split_batch(torch.stack([real, fake], dim=1).flatten(0, 1))
+            tokens = call(dino, frozen["dino"], runtime, both)
         logits_real, logits_fake = model(tokens).unflatten(0, (-1, 2)).unbind(dim=1)
         return discriminator_loss(logits_real, logits_fake), {
             "accuracy": discriminator_accuracy(logits_real, logits_fake),
@@ -92,10 +104,16 @@ class DecoderLosses:
             "logits_fake": logits_fake.mean(),
         }
 
+    def _features(self, frozen: Any, batch: dict[str, Tensor]) -> Tensor:
+        if "features" in batch:
+            return batch["features"]
+        with torch.no_grad():
+            return call(self._encoder, frozen["encoder"], self._runtime, to_unit(batch["images"]))
+
     def _decoded(self, model: Model, frozen: Any, batch: dict[str, Tensor]) -> Tensor:
         recipe = self._recipe
         with torch.no_grad():
-            features = call(self._encoder, frozen["encoder"], self._runtime, to_unit(batch["images"]))
+            features = self._features(frozen, batch)
             noise = latent_noise(recipe.latent_noise, recipe.seed, batch["positions"], features.shape)
         return model(features + noise)
 
@@ -104,17 +122,18 @@ class DecoderLosses:
         difference = images - original
         loss = difference.abs().mean()
         metrics = {"l1": loss, "mean_squared_error": difference.square().mean()}
-        if self.perceptual is not None and self._recipe.perceptual is not None:
+        if self._perceptual is not None and self._recipe.perceptual is not None:
             seen = _signed(images), _signed(original)
-            metrics["lpips"] = call(self.perceptual, frozen["perceptual"], self._runtime, *seen).mean()
+            metrics["lpips"] = call(self._perceptual, frozen["perceptual"], self._runtime, *seen).mean()
             loss = loss + self._recipe.perceptual.weight * metrics["lpips"]
         return loss, metrics
 
     def _judged(self, images: Tensor, frozen: Any, batch: dict[str, Tensor]) -> Tensor:
-        assert self.dino is not None and self.heads is not None
+        assert self._discriminator is not None
+        dino, heads = self._discriminator
         numbers = drawn(self._recipe.seed, Purpose.AUGMENT_DECODED, batch["positions"])
-        tokens = call(self.dino, frozen["dino"], self._runtime, augmented(_signed(images), numbers))
-        return decoder_loss(call(self.heads, frozen["discriminator"], self._runtime, tokens))
+        tokens = call(dino, frozen["dino"], self._runtime, augmented(_signed(images), numbers))
+        return decoder_loss(call(heads, frozen["discriminator"], self._runtime, tokens))
 
 
 def _signed(images: Tensor) -> Tensor:

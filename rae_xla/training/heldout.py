@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ class HeldoutConfig(Config):
     """Scores on held-out images every so many steps and at the end.
 
     ``source``: a manifest; ``null`` takes the held-out split of a set in memory. ``num_images``: only the first so
-    many. Images are cropped in the middle. ``num_shown`` of them are kept beside their reconstructions, as pictures.
+    many, in the manifest's order. Images are cropped in the middle. ``num_shown`` of them are kept beside their
+    reconstructions, as pictures. Every host reads all of them and scores its share.
     """
 
     every_steps: int = Field(gt=0)
@@ -45,6 +46,14 @@ class HeldoutScores:
 
     values: dict[str, float]
     pictures: np.ndarray
+
+
+@dataclass
+class _InFloat32:
+    """LPIPS is a score here, whatever the precision of training is."""
+
+    whole: Callable[[Tensor], Tensor]
+    compute_dtype: torch.dtype = torch.float32
 
 
 class HeldoutReconstruction:
@@ -67,6 +76,8 @@ class HeldoutReconstruction:
         self._encoder, self._decoder, self._perceptual = encoder, decoder, perceptual
         self._data = data
         self._images = open_heldout(data, config.source, root, "heldout.source")
+        self._batch_size = batch_size_for(config.batch_size, runtime)
+        self._own = slice(runtime.process_index, None, runtime.num_processes)
         self._program = runtime.compile(self._score, "heldout")
         self._has_ssim = data.image_size > 2 * SSIM_BORDER
 
@@ -76,43 +87,54 @@ class HeldoutReconstruction:
 
     def prepare(self, state: Any, frozen: Any) -> None:
         """Compile, and run nothing."""
-        batch, _ = next(iter(self._batches()))
-        self._program.prepare({}, self._given(state, frozen), batch)
+        blank = np.zeros((1, self._data.image_size, self._data.image_size, 3), np.uint8)
+        self._program.prepare({}, self._given(state, frozen), self._placed(blank))
 
-    def __call__(self, state: Any, frozen: Any) -> HeldoutScores:
-        """The scores of the state's averaged weights. Waits for them."""
+    def __call__(self, state: Any, frozen: Any, leaves: Callable[[], bool]) -> HeldoutScores | None:
+        """The scores of the state's averaged weights. Waits for them; none if it ``leaves`` before the end.
+
+        Raises:
+            SourceError: images cannot be read.
+        """
         given = self._given(state, frozen)
         sums: dict[str, float] = {}
         shown: list[np.ndarray] = []
-        for batch, images in self._batches():
-            _, found = self._program({}, given, batch)
+        for images in self._batches():
+            if leaves():
+                return None
+            _, found = self._program({}, given, self._placed(images))
             made = found.pop("images")
             for name, value in self._runtime.to_host(found).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-            if not shown and self._config.num_shown and self._runtime.num_processes == 1:
-                few = slice(self._config.num_shown)
-                shown = [images[few], self._runtime.to_host(made).numpy()[: len(images)][few]]
+            if not shown and self._config.num_shown:
+                own = images[self._own]
+                few = min(self._config.num_shown, len(own))
+                shown = [own[:few], self._rows(made)[:few]]
         number = sums.pop("number")
         pictures = np.concatenate(shown) if shown else np.zeros((0, 1, 1, 3), np.uint8)
         return HeldoutScores({name: value / number for name, value in sums.items()}, pictures)
+
+    def _rows(self, made: Tensor) -> np.ndarray:
+        """This host's rows of what all devices made, in order."""
+        parts = self._runtime.parts_of({"images": made})["images"].parts
+        return np.concatenate([parts[offsets].numpy() for offsets in sorted(parts)])
 
     def _given(self, state: Any, frozen: Any) -> Any:
         kept = {part: frozen[part] for part in ("encoder", "perceptual") if part in frozen}
         return {**kept, "decoder": {**frozen["buffers"], **state["ema"]}}
 
-    def _batches(self) -> Iterator[tuple[dict[str, Tensor], np.ndarray]]:
-        """Batches on the devices, and the images of each, without what fills up the last."""
-        runtime = self._runtime
-        size = batch_size_for(self._config.batch_size, runtime)
+    def _batches(self) -> Iterator[np.ndarray]:
         left = min(self._config.num_images or len(self._images), len(self._images))
-        own = slice(runtime.process_index, None, runtime.num_processes)
-        for part in images_in_order(self._images, self._data)(size):
-            images = part["images"][:left]
-            batch = padded({"images": images}, size)
-            yield runtime.place_batch({name: values[own] for name, values in batch.items()}), images
-            left -= len(images)
-            if not left:
+        for part in images_in_order(self._images, self._data)(self._batch_size):
+            yield part["images"][:left]
+            left -= len(part["images"])
+            if left <= 0:
                 return
+
+    def _placed(self, images: np.ndarray) -> dict[str, Tensor]:
+        """A batch on the devices, of which this host gives its rows."""
+        batch = padded({"images": images}, self._batch_size)
+        return self._runtime.place_batch({name: values[self._own] for name, values in batch.items()})
 
     def _score(self, state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
@@ -127,6 +149,6 @@ class HeldoutReconstruction:
                 scores["ssim"] = ssim(seen, original)
             if self._perceptual is not None:
                 both = 2 * seen - 1, 2 * original - 1
-                scores["lpips"] = call(self._perceptual, frozen["perceptual"], self._runtime, *both)
+                scores["lpips"] = call(self._perceptual, frozen["perceptual"], _InFloat32(self._runtime.whole), *both)
             sums = {name: (values * is_real).sum() for name, values in scores.items()}
         return state, {**sums, "images": pixels}

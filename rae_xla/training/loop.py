@@ -146,6 +146,8 @@ class _Run:
             for key, before, now in self._changes:
                 logger.info("%s: was %r, is %r from now on", key, before, now)
         logger.info("%s: %s", task.name, ", ".join(f"{key} {value}" for key, value in runtime.describe().items()))
+        begins = ", ".join(f"{phase.name} from step {phase.begins_after + 1}" for phase in task.phases if phase.name)
+        logger.info("%s: %d steps%s", task.name, task.num_steps, f": {begins}" if begins else "")
         if runtime.process_index == 0:
             checkpoint.remove_incomplete(self._checkpoints_directory)
             save_recipe(self._recipe, self.directory)
@@ -207,13 +209,14 @@ class _Run:
             began = bad_steps.row_began(step, metrics)
             if began is not None:
                 return began, batch
-            if self._task.heldout is not None and self._task.heldout.is_due(step, num_steps):
-                self._look_at_heldout(self._task.heldout, log)
-                watchdog.step()
             is_due |= step % recipe.checkpoint.every_steps == 0
             leaves = self._agreement.on(interruption.reason is not None)
             if is_due or leaves or step == num_steps:
                 is_due = not self._save(log)
+            heldout = self._task.heldout
+            if heldout is not None and heldout.is_due(step, num_steps) and not leaves:
+                self._look_at_heldout(heldout, log, interruption)
+                watchdog.step()
             if leaves and step < num_steps:
                 self._checkpoints.wait()
                 reason = interruption.reason or "another host goes away"
@@ -228,9 +231,21 @@ class _Run:
             watchdog.step()
         self._is_prepared = True
 
-    def _look_at_heldout(self, heldout: HeldoutReconstruction, log: MetricsLog) -> None:
-        with log.timed("heldout"):
-            scores = heldout(self._state, self._frozen)
+    def _look_at_heldout(self, heldout: HeldoutReconstruction, log: MetricsLog, interruption: Interruption) -> None:
+        alone = self._runtime.num_processes == 1
+        try:
+            with log.timed("heldout"):
+                # Several hosts score together: none can leave the others to it.
+                scores = heldout(self._state, self._frozen, lambda: alone and interruption.reason is not None)
+        except SourceError as error:
+            if not alone:
+                raise self._stopped(error, log) from error
+            logger.warning(
+                "%s: no scores of held-out images at step %d (%s)", self._task.name, self.progress.step, error
+            )
+            return
+        if scores is None:
+            return
         log.add_heldout(self.progress.step, scores.values)
         if len(scores.pictures) and self._runtime.process_index == 0:
             sheet = contact_sheet(scores.pictures, len(scores.pictures) // 2)
