@@ -15,6 +15,7 @@ from conftest import run_tool
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from rae_xla.benchmarks.decoder import RECIPE, write_untrained
 from rae_xla.data.loader import training_batches
@@ -34,9 +35,10 @@ from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 from rae_xla.training.checkpoint import CHECKPOINTS, complete_steps
 from rae_xla.training.decoder_losses import LAST_LAYER, DecoderLosses, latent_noise
+from rae_xla.training.diagnosis import first_not_finite
 from rae_xla.training.metrics import read_metrics
 from rae_xla.training.stored_index import StoredIndex
-from rae_xla.training.tasks import train
+from rae_xla.training.tasks import task_of, train
 from rae_xla.training.update import make_mean_gradients
 
 # Six steps of 52 in an epoch, two of each phase.
@@ -50,9 +52,11 @@ SMALL = [
     "heldout.batch_size=4",
     "heldout.every_steps=4",
     "log.every_steps=1",
-    "checkpoint.every_steps=2",
+    "checkpoint.every_steps=1",
     "checkpoint.keep=9",
 ]
+# VGG takes a CPU minutes to compile, and seconds a step to run.
+PLAIN = "perceptual=null"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,11 @@ def trained(root: Path, *overrides: str) -> tuple[dict[str, Any], Path]:
 @pytest.fixture(scope="module")
 def eager_run(root: Path) -> Path:
     return trained(root, "run_dir=eager")[1]
+
+
+@pytest.fixture(scope="module")
+def plain_run(root: Path) -> Path:
+    return trained(root, PLAIN, "run_dir=plain")[1]
 
 
 def test_weighing_by_gradients_equals_two_full_backward_passes(root: Path) -> None:
@@ -133,8 +142,8 @@ def test_each_phase_trains_what_it_says(eager_run: Path) -> None:
     def stored(step: int) -> StoredIndex:
         return StoredIndex(str(eager_run / CHECKPOINTS / f"step_{step:08d}"))
 
-    checkpoints = {step: stored(step) for step in complete_steps(str(eager_run / CHECKPOINTS))}
-    assert list(checkpoints) == [2, 4, 6]
+    assert complete_steps(str(eager_run / CHECKPOINTS)) == [1, 2, 3, 4, 5, 6]
+    checkpoints = {step: stored(step) for step in (2, 4, 6)}
     heads = [name for name in checkpoints[2].shapes if name.startswith("discriminator/parameters/")]
     assert [int(found.whole("discriminator/updates")) for found in checkpoints.values()] == [0, 2, 4]
     untrained = initialised(lambda: DiscriminatorHeads(small_recipe(eager_run).adversarial.discriminator), 42 + 1)
@@ -145,30 +154,52 @@ def test_each_phase_trains_what_it_says(eager_run: Path) -> None:
     assert all("discriminator" not in name for name in load_file(eager_run / "weights.safetensors"))
 
 
-def test_a_run_resumed_before_its_phases_change_ends_as_the_other(root: Path, eager_run: Path) -> None:
-    again = root / "again"
-    shutil.copytree(eager_run / CHECKPOINTS / "step_00000002", again / CHECKPOINTS / "step_00000002")
-    report, _ = trained(root, "run_dir=again")
-    assert report["resumed_from_step"] == 2
-    assert (again / "weights.safetensors").read_bytes() == (eager_run / "weights.safetensors").read_bytes()
+@pytest.mark.parametrize("step", [2, 3, 4, 5])
+def test_a_run_resumed_in_any_phase_ends_as_the_other(root: Path, plain_run: Path, step: int) -> None:
+    again, name = root / f"again_{step}", f"step_{step:08d}"
+    shutil.copytree(plain_run / CHECKPOINTS / name, again / CHECKPOINTS / name)
+    report, _ = trained(root, PLAIN, f"run_dir=again_{step}")
+    assert report["resumed_from_step"] == step
+    ends = [StoredIndex(str(run / CHECKPOINTS / "step_00000006")) for run in (again, plain_run)]
+    for tensor in ends[1].shapes:
+        assert torch.equal(ends[0].whole(tensor), ends[1].whole(tensor)), tensor
 
 
-def test_xla_compiles_every_phase_first_and_trains_as_eager_does(root: Path, caplog: pytest.LogCaptureFixture) -> None:
-    # VGG takes a CPU minutes to compile; tools/benchmark.py decoder has it in.
-    plain = "perceptual=null"
-    trained(root, plain, "run_dir=plain")
+def test_a_broken_discriminator_is_named(root: Path, plain_run: Path) -> None:
+    recipe = small_recipe(root, PLAIN)
+    runtime = create("eager", MeshConfig(), "fp32")
+    task = task_of(recipe, runtime)
+    batch = next(training_batches(task.images, recipe.data, recipe.seed, 0, 1).from_step(0)).tensors
+    for phase in task.phases[1:]:
+        found = phase.diagnosis({}, {**task.frozen, **phase.diagnosed(task.state)}, batch)[1]
+        assert first_not_finite(found) is None and any(name.startswith("discriminator's output") for name in found)
+        heads = task.state["discriminator"]
+        broken = {
+            name: value * torch.nan if "middle.weight" in name else value for name, value in heads["parameters"].items()
+        }
+        state = {**task.state, "discriminator": {**heads, "parameters": broken}}
+        found = phase.diagnosis({}, {**task.frozen, **phase.diagnosed(state)}, batch)[1]
+        assert first_not_finite(found) == "discriminator's parameter heads.0.middle.weight"
+        _, metrics = phase.update(state, task.frozen, batch)
+        assert metrics["skipped_updates"] == 1
+
+
+def test_xla_compiles_every_phase_first_and_trains_as_eager_does(
+    root: Path, plain_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # With VGG: tools/benchmark.py decoder.
     with caplog.at_level(logging.INFO):
-        trained(root, plain, "runtime=xla", "run_dir=xla")
+        trained(root, PLAIN, "runtime=xla", "run_dir=xla")
     told = [record.getMessage() for record in caplog.records]
     compiled = [re.match(r"(\w+): traced and compiled", line) for line in told]
     names = [match[1] for match in compiled if match]
     assert names == ["decoder_reconstruction", "decoder_discriminator", "decoder_adversarial", "heldout"]
     first_scores = next(number for number, line in enumerate(told) if "held-out images: " in line)
     assert max(number for number, match in enumerate(compiled) if match) < first_scores
-    ours, expected = (load_file(run / "weights.safetensors") for run in (root / "xla", root / "plain"))
+    ours, expected = (load_file(run / "weights.safetensors") for run in (root / "xla", plain_run))
     for name, value in expected.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-4)
-    lines, others = (read_metrics(str(run / "metrics.jsonl")) for run in (root / "xla", root / "plain"))
+    lines, others = (read_metrics(str(run / "metrics.jsonl")) for run in (root / "xla", plain_run))
     for line, other in zip(lines, others, strict=True):
         for name in ("loss", "adaptive_weight", "discriminator_loss", "heldout_psnr", "heldout_ssim"):
             assert (name in line) == (name in other)
@@ -201,6 +232,7 @@ def test_held_out_scores_are_those_of_the_exported_weights(root: Path, eager_run
         (["adversarial.discriminator.weights=null"], "adversarial.discriminator.weights: required for a discriminator"),
         (["adversarial.discriminator.weights=encoder.safetensors"], "adversarial.discriminator.weights: .*not fit"),
         (["adversarial.discriminator.feature_blocks=[1, 4]"], "feature_blocks: 4 is not there; blocks are 0 to 3"),
+        (["adversarial.discriminator.feature_blocks=[3, 1]"], r"feature_blocks: \[3, 1\] are not in order, each once"),
         (["adversarial.discriminator.kernel_size=8"], "kernel_size: 8 has no middle; use 9"),
         (["adversarial.loss_from.step=1"], "adversarial.loss_from: step 1 is before the discriminator's first, 2"),
         (["adversarial.loss_from.epoch=2"], "adversarial.loss_from: give either epoch or step, the other null"),
@@ -216,3 +248,32 @@ def test_mistakes_are_told_before_training(
     code, _, errors = run_tool("train", str(RECIPE), f"root={root}", "runtime=eager", *SMALL, "run_dir=bad", *overrides)
     assert code == 2 and errors.count("\n") == 1 and re.search(message, errors), errors
     assert not (root / "bad").exists()
+
+
+@pytest.mark.parametrize(
+    "overrides", [["compute.num_microbatches=2"], ["compute.blocks=scan", "compute.remat=matmuls"]]
+)
+def test_ways_to_compute_give_the_same_update(root: Path, plain_run: Path, overrides: list[str]) -> None:
+    """Parts of a batch have an adaptive weight each, so there only eager and the device are compared."""
+    states = []
+    for where in ("eager", "xla"):
+        recipe = small_recipe(root, PLAIN, f"runtime={where}", "autoencoder.decoder.depth=2", *overrides)
+        runtime = create(where, recipe.mesh, "fp32")
+        task = task_of(recipe, runtime)
+        batch = next(training_batches(task.images, recipe.data, recipe.seed, 0, 1).from_step(0)).tensors
+        step = runtime.compile(task.phases[-1].update, "update")
+        state, metrics = step(
+            runtime.place_state(task.state), runtime.place_frozen(task.frozen), runtime.place_batch(batch)
+        )
+        assert runtime.to_host(metrics)["skipped_updates"] == 0
+        states.append(runtime.to_host({"second": state["second_moments"], "heads": state["discriminator"]}))
+    for part in ("second", "heads"):
+        found, expected = (tree_leaves(state[part]) for state in states[::-1])
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=2e-3, atol=1e-3 * float(other.abs().max()))
+
+
+def test_the_mesh_of_a_decoder_and_its_discriminator_is_explained(root: Path) -> None:
+    code, output, errors = run_tool("train", str(RECIPE), f"root={root}", "runtime=eager", *SMALL, "--explain-mesh")
+    assert code == 0, errors
+    assert "decoder.output.weight" in output and "discriminator: heads.*.middle.weight" in output
