@@ -250,6 +250,7 @@ def test_mistakes_are_told_before_training(
     assert not (root / "bad").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "overrides", [["compute.num_microbatches=2"], ["compute.blocks=scan", "compute.remat=matmuls"]]
 )
@@ -270,7 +271,8 @@ def test_ways_to_compute_give_the_same_update(root: Path, plain_run: Path, overr
     for part in ("second", "heads"):
         found, expected = (tree_leaves(state[part]) for state in states[::-1])
         for value, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(value, other, rtol=2e-3, atol=1e-3 * float(other.abs().max()))
+            # Second moments are squares: of single small values rounding makes any share.
+            assert (value - other).float().norm() <= 2e-3 * other.float().norm()
 
 
 def test_the_mesh_of_a_decoder_and_its_discriminator_is_explained(root: Path) -> None:

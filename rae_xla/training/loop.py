@@ -249,8 +249,13 @@ class _Run:
         log.add_heldout(self.progress.step, scores.values)
         if len(scores.pictures) and self._runtime.process_index == 0:
             sheet = contact_sheet(scores.pictures, len(scores.pictures) // 2)
-            write_png(storage.join(self.directory, SAMPLES, f"reconstructions_{self.progress.step:08d}.png"), sheet)
             log.trackers.log_images(self.progress.step, {"reconstructions": sheet})
+            path = storage.join(self.directory, SAMPLES, f"reconstructions_{self.progress.step:08d}.png")
+            try:
+                write_png(path, sheet)
+            # As with metrics: training is worth more than its pictures.
+            except Exception as error:
+                logger.warning("%s: %s is not written (%s)", self._task.name, path, first_line(error))
 
     def _save(self, log: MetricsLog) -> bool:
         """Save this step, unless it is one of bad ones, which a run may have to go back behind; not so the last."""
