@@ -31,9 +31,9 @@ from rae_xla.training.checkpoint import complete_steps
 from rae_xla.training.diagnosis import first_not_finite, make_diagnosis
 from rae_xla.training.loop import TrainingTask, run_training
 from rae_xla.training.metrics import read_metrics
-from rae_xla.training.phases import Phase
+from rae_xla.training.phases import plain_phase
 from rae_xla.training.tasks import train
-from rae_xla.training.update import initial_state, make_update
+from rae_xla.training.update import initial_state
 
 JUDGE = "recipes/quickstart/judge.yaml"
 NUM_STEPS = 40
@@ -139,12 +139,7 @@ def task_with(broken: Broken, root: Path, where: str, *overrides: str) -> tuple[
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
-        phases=(
-            Phase(
-                update=make_update(module, loss, recipe.train, recipe.compute, 100.0, runtime),
-                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
-            ),
-        ),
+        phases=(plain_phase(module, loss, recipe, 100.0, runtime),),
         export=dict,
     )
     return task, recipe, runtime

@@ -21,7 +21,6 @@ from rae_xla import storage
 from rae_xla.config import Config
 from rae_xla.models.convert.files import read_weight_file
 from rae_xla.models.loading import assign_weights, on_meta, values_wanted
-from rae_xla.models.pretrained import pretrained_weights
 
 TIMM_MODEL = "vgg16.tv_in1k"
 # After the last activation before each of the five poolings.
@@ -73,19 +72,6 @@ class PerceptualDistance(nn.Module):
                 values = x.float()
                 found.append(values / ((values.square().sum(dim=1, keepdim=True) + EPS**2).sqrt() + EPS))
         return found
-
-
-def perceptual_weights_path(config: PerceptualConfig, root: str, key: str, process_index: int = 0) -> str:
-    """The file of VGG's weights, fetched if the configuration names none.
-
-    Raises:
-        UserError: it cannot be fetched.
-    """
-    if not values_wanted():
-        return ""
-    if config.weights is not None:
-        return storage.resolve(root, config.weights)
-    return pretrained_weights(TIMM_MODEL, root, key, process_index)
 
 
 def load_perceptual_distance(path: str, key: str) -> PerceptualDistance:

@@ -17,7 +17,7 @@ from rae_xla.models.convert.files import read_weights
 from rae_xla.models.decoder import Decoder, DecoderConfig
 from rae_xla.models.encoders import Encoder, EncoderConfig, load_encoder
 from rae_xla.models.loading import load_weights, on_meta, required_path, values_wanted
-from rae_xla.models.pretrained import pretrained_weights
+from rae_xla.models.pretrained import weights_path
 
 STATS_EPS = 1e-5
 
@@ -108,19 +108,15 @@ def load_latent_encoder(config: LatentEncoderConfig, root: str, process_index: i
 
 
 def encoder_weights_path(config: LatentEncoderConfig, root: str, process_index: int = 0) -> str:
-    """The file of the encoder's weights, fetched if the configuration names none; see `pretrained_weights`.
+    """The file of the encoder's weights, fetched if the configuration names none; see `weights_path`.
 
     Raises:
         UserError: none is named and none is published, or it cannot be fetched.
     """
-    key, encoder = "autoencoder.encoder.weights", config.encoder
-    if not values_wanted():
-        return ""
-    if encoder.weights is not None:
-        return storage.resolve(root, encoder.weights)
-    if encoder.has_own_sizes:
-        raise UserError(f"{key}: required for an encoder with sizes of its own; give a safetensors file")
-    return pretrained_weights(encoder.timm_model, root, key, process_index)
+    encoder = config.encoder
+    unpublished = "an encoder with sizes of its own" if encoder.has_own_sizes else None
+    key = "autoencoder.encoder.weights"
+    return weights_path(encoder.weights, encoder.timm_model, root, key, process_index, unpublished=unpublished)
 
 
 def made_with(config: LatentEncoderConfig, root: str, image_size: int) -> dict[str, str | int | None]:

@@ -19,15 +19,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rae_xla import storage
 from rae_xla.config import Config
-from rae_xla.errors import UserError
 from rae_xla.models.convert.encoders import features_only
 from rae_xla.models.convert.files import read_weight_file
 from rae_xla.models.functional import Tensors
 from rae_xla.models.layers import TokenNorm, compute_norms_in_float32
 from rae_xla.models.loading import assign_weights, on_meta, values_wanted
-from rae_xla.models.pretrained import pretrained_weights
 from rae_xla.models.resize import resize_bilinear
 
 NORM_EPS = 1e-6
@@ -202,21 +199,6 @@ def spectral_vectors(parameters: Tensors, buffers: Tensors) -> Tensors:
 def _directions(matrices: Tensor, vectors: Tensor) -> Tensor:
     product = (matrices @ vectors.unsqueeze(-1)).squeeze(-1)
     return functional.normalize(product, dim=-1, eps=SPECTRAL_EPS)
-
-
-def discriminator_weights_path(config: DiscriminatorConfig, root: str, key: str, process_index: int = 0) -> str:
-    """The file of the backbone's weights, fetched if the configuration names none.
-
-    Raises:
-        UserError: none is named and none is published, or it cannot be fetched.
-    """
-    if not values_wanted():
-        return ""
-    if config.weights is not None:
-        return storage.resolve(root, config.weights)
-    if config.has_own_sizes:
-        raise UserError(f"{key}: required for a discriminator with sizes of its own; give a safetensors file")
-    return pretrained_weights(config.timm_model, root, key, process_index)
 
 
 def load_features(config: DiscriminatorConfig, path: str, key: str) -> DinoFeatures:

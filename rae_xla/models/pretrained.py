@@ -11,10 +11,36 @@ import timm
 
 from rae_xla import storage
 from rae_xla.errors import UserError
+from rae_xla.models.loading import values_wanted
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 1800.0
+
+
+def weights_path(
+    weights: str | None,
+    timm_model: str,
+    root: str,
+    key: str,
+    process_index: int = 0,
+    *,
+    unpublished: str | None = None,
+) -> str:
+    """The file that a recipe names, or if it names none the published one, fetched; see `pretrained_weights`.
+
+    ``unpublished``: what the model is if none of it can be published, for the message.
+
+    Raises:
+        UserError: none is named and none is published, or it cannot be fetched; names ``key``.
+    """
+    if not values_wanted():
+        return ""
+    if weights is not None:
+        return storage.resolve(root, weights)
+    if unpublished is not None:
+        raise UserError(f"{key}: required for {unpublished}; give a safetensors file")
+    return pretrained_weights(timm_model, root, key, process_index)
 
 
 def pretrained_weights(

@@ -16,9 +16,8 @@ from torch import Tensor
 from rae_xla.losses.adversarial import AdversarialConfig
 from rae_xla.models.discriminator import DiscriminatorHeads, spectral_vectors
 from rae_xla.models.functional import Tensors, buffers_of
-from rae_xla.training.ema import decay_at, update_ema
 from rae_xla.training.optimizer import OptimizerConfig, learning_rate_at
-from rae_xla.training.update import MeanGradients, StepFunction, committed, optimized, optimizer_state
+from rae_xla.training.update import MeanGradients, StepFunction, committed, optimized, optimizer_state, updated_model
 
 PhaseName = Literal["reconstruction", "discriminator", "adversarial"]
 PHASES: tuple[PhaseName, ...] = get_args(PhaseName)
@@ -87,10 +86,7 @@ def make_adversarial_update(
         given = {**frozen, "discriminator": used_discriminator(state)}
         gradients, metrics = decoder_gradients(state["parameters"], given, batch)
         with torch.no_grad():
-            rate = learning_rate_at(state["step"], config, steps_per_epoch)
-            done = state["step"] - state["skipped"]
-            updated, norm = optimized(state, gradients, done, rate, config)
-            updated["ema"] = update_ema(state["ema"], updated["parameters"], decay_at(done, config))
+            updated, measured = updated_model(state, gradients, config, steps_per_epoch)
             vectors = spectral_vectors(heads["parameters"], heads["vectors"])
         given = {**frozen, "buffers": vectors, "decoder": {**frozen["buffers"], **updated["parameters"]}}
         gradients, of_heads = discriminator_gradients(heads["parameters"], given, batch)
@@ -98,10 +94,10 @@ def make_adversarial_update(
             heads_rate = learning_rate_at(state["step"] - begins_after, config, steps_per_epoch)
             new_heads, heads_norm = optimized(heads, gradients, heads["updates"], heads_rate, unclipped)
             updated["discriminator"] = {**new_heads, "vectors": vectors, "updates": heads["updates"] + 1}
-            measured = [metrics["loss"], norm, of_heads["loss"], heads_norm]
-            new_state, skipped = committed(state, updated, torch.stack(measured).isfinite().all())
+            numbers = torch.stack([metrics["loss"], measured["gradient_norm"], of_heads["loss"], heads_norm])
+            new_state, skipped = committed(state, updated, numbers.isfinite().all())
         named = {f"discriminator_{name}": value for name, value in of_heads.items()}
         named |= {"discriminator_gradient_norm": heads_norm, "discriminator_learning_rate": heads_rate}
-        return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, **named, **skipped}
+        return new_state, {**metrics, **measured, **named, **skipped}
 
     return update

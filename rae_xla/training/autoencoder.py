@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from rae_xla.data.sources import ImageSet, ShardedImages, open_images
 from rae_xla.errors import UserError
-from rae_xla.losses.perceptual import load_perceptual_distance, perceptual_weights_path
+from rae_xla.losses.perceptual import TIMM_MODEL, load_perceptual_distance
 from rae_xla.models.autoencoder import LatentDecoder, encoder_weights_path, load_latent_decoder, load_latent_encoder
 from rae_xla.models.convert.released import layout_of
-from rae_xla.models.discriminator import DinoFeatures, DiscriminatorHeads, discriminator_weights_path, load_features
+from rae_xla.models.discriminator import DinoFeatures, DiscriminatorHeads, load_features
 from rae_xla.models.functional import Tensors, buffers_of, tensors_of
 from rae_xla.models.loading import initialised
+from rae_xla.models.pretrained import weights_path
 from rae_xla.recipe import AutoencoderRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.adversarial import (
@@ -32,8 +33,8 @@ from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.heldout import HeldoutReconstruction
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.phases import Phase
-from rae_xla.training.update import Loss, StepFunction, initial_state, make_mean_gradients, make_update
+from rae_xla.training.phases import Phase, plain_phase
+from rae_xla.training.update import Loss, StepFunction, initial_state, make_mean_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -64,12 +65,14 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
     state, frozen = initial_state(module), {"buffers": buffers_of(module), "encoder": tensors_of(encoder)}
     perceptual = discriminator = heldout = None
     if recipe.perceptual is not None:
-        path = perceptual_weights_path(recipe.perceptual, recipe.root, PERCEPTUAL_KEY, runtime.process_index)
+        path = weights_path(recipe.perceptual.weights, TIMM_MODEL, recipe.root, PERCEPTUAL_KEY, runtime.process_index)
         perceptual = load_perceptual_distance(path, PERCEPTUAL_KEY)
         inputs[PERCEPTUAL_KEY], frozen["perceptual"] = path, tensors_of(perceptual)
     if recipe.adversarial is not None:
         config = recipe.adversarial.discriminator
-        path = discriminator_weights_path(config, recipe.root, DISCRIMINATOR_KEY, runtime.process_index)
+        unpublished = "a discriminator with sizes of its own" if config.has_own_sizes else None
+        key, host = DISCRIMINATOR_KEY, runtime.process_index
+        path = weights_path(config.weights, config.timm_model, recipe.root, key, host, unpublished=unpublished)
         dino = load_features(config, path, DISCRIMINATOR_KEY)
         heads = initialised(lambda: DiscriminatorHeads(config), recipe.seed + HEADS_SEED_OFFSET)
         discriminator = dino, heads
@@ -122,24 +125,21 @@ class _Phases:
     def phase(self, begin: Begin) -> Phase:
         """Of a decoder by itself, or beside its discriminator."""
         name = f"decoder_{begin.name}"
-        of_decoder = make_diagnosis(self.module, self.losses.reconstruction, self.recipe.compute, self.runtime)
-        if self.discriminator is None or begin.name == "reconstruction":
-            update = make_update(
-                self.module,
-                self.losses.reconstruction,
-                self.recipe.train,
-                self.recipe.compute,
-                self.steps_per_epoch,
-                self.runtime,
-            )
-            untouched = () if self.discriminator is None else ("discriminator",)
-            return Phase(name=name, begins_after=begin.after, update=update, diagnosis=of_decoder, untouched=untouched)
-        return Phase(
+        phase = replace(
+            plain_phase(self.module, self.losses.reconstruction, self.recipe, self.steps_per_epoch, self.runtime),
             name=name,
             begins_after=begin.after,
-            update=self._adversarial_update(begin.name, self.discriminator[1]),
-            diagnosis=self._diagnosis(begin.name, of_decoder, self.discriminator[1]),
+            untouched=() if self.discriminator is None else ("discriminator",),
+        )
+        if self.discriminator is None or begin.name == "reconstruction":
+            return phase
+        _, heads = self.discriminator
+        return replace(
+            phase,
+            update=self._adversarial_update(begin.name, heads),
+            diagnosis=self._diagnosis(begin.name, phase.diagnosis, heads),
             diagnosed=lambda state: {"parameters": state["parameters"], "discriminator": state["discriminator"]},
+            untouched=(),
         )
 
     def _adversarial_update(self, phase: PhaseName, heads: DiscriminatorHeads) -> StepFunction:

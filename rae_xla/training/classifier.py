@@ -14,11 +14,10 @@ from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import ClassifierRecipe
 from rae_xla.runtime import Runtime
-from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.phases import Phase
-from rae_xla.training.update import Model, initial_state, make_update
+from rae_xla.training.phases import plain_phase
+from rae_xla.training.update import Model, initial_state
 
 
 def _create(recipe: ClassifierRecipe, num_classes: int) -> EncoderClassifier | ConvNet:
@@ -51,11 +50,6 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module)},
-        phases=(
-            Phase(
-                update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
-                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
-            ),
-        ),
+        phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
         export=export,
     )

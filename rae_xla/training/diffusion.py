@@ -24,11 +24,10 @@ from rae_xla.models.loading import initialised, values_wanted
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import DiffusionRecipe
 from rae_xla.runtime import Runtime
-from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.phases import Phase
-from rae_xla.training.update import Model, initial_state, make_update
+from rae_xla.training.phases import plain_phase
+from rae_xla.training.update import Model, initial_state
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +68,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), **({} if encoder is None else {"encoder": tensors_of(encoder)})},
-        phases=(
-            Phase(
-                update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
-                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
-            ),
-        ),
+        phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
         export=lambda ema: {**module.state_dict(), **ema},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

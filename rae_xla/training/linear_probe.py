@@ -23,11 +23,10 @@ from rae_xla.models.functional import buffers_of, call, tensors_of
 from rae_xla.models.loading import initialised
 from rae_xla.recipe import LinearProbeRecipe
 from rae_xla.runtime import Runtime
-from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
-from rae_xla.training.phases import Phase
-from rae_xla.training.update import Model, initial_state, make_update
+from rae_xla.training.phases import plain_phase
+from rae_xla.training.update import Model, initial_state
 
 
 def linear_probe_task(recipe: LinearProbeRecipe, runtime: Runtime) -> TrainingTask:
@@ -51,12 +50,7 @@ def linear_probe_task(recipe: LinearProbeRecipe, runtime: Runtime) -> TrainingTa
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
-        phases=(
-            Phase(
-                update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
-                diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
-            ),
-        ),
+        phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
         export=dict,
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

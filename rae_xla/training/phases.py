@@ -6,8 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
+from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
-from rae_xla.training.update import StepFunction
+from rae_xla.training.diagnosis import make_diagnosis
+from rae_xla.training.update import Loss, StepFunction, make_update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +32,20 @@ class Phase:
     def touched(self, state: dict[str, Any]) -> dict[str, Any]:
         """The parts of the state that the update is given."""
         return {part: value for part, value in state.items() if part not in self.untouched}
+
+
+def plain_phase(
+    module: nn.Module, loss: Loss, recipe: TrainingRecipe, steps_per_epoch: float, runtime: Runtime
+) -> Phase:
+    """That of a model trained on one loss, from the first step to the last.
+
+    Raises:
+        UserError: see `make_update`.
+    """
+    return Phase(
+        update=make_update(module, loss, recipe.train, recipe.compute, steps_per_epoch, runtime),
+        diagnosis=make_diagnosis(module, loss, recipe.compute, runtime),
+    )
 
 
 class Programs:

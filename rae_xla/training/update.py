@@ -144,15 +144,24 @@ def make_update(
     ) -> tuple[dict[str, Any], Tensors]:
         gradients, metrics = mean_gradients_of(state["parameters"], frozen, batch)
         with torch.no_grad():
-            rate = learning_rate_at(state["step"], config, steps_per_epoch)
-            # The learning rate follows the run, bias correction and EMA the updates that were made.
-            done = state["step"] - state["skipped"]
-            updated, norm = optimized(state, gradients, done, rate, config)
-            updated["ema"] = update_ema(state["ema"], updated["parameters"], decay_at(done, config))
-            new_state, skipped = committed(state, updated, metrics["loss"].isfinite() & norm.isfinite())
-        return new_state, {**metrics, "gradient_norm": norm, "learning_rate": rate, **skipped}
+            updated, measured = updated_model(state, gradients, config, steps_per_epoch)
+            finite = metrics["loss"].isfinite() & measured["gradient_norm"].isfinite()
+            new_state, skipped = committed(state, updated, finite)
+        return new_state, {**metrics, **measured, **skipped}
 
     return update
+
+
+def updated_model(
+    state: dict[str, Any], gradients: Tensors, config: OptimizerConfig, steps_per_epoch: float
+) -> tuple[dict[str, Any], Tensors]:
+    """The parts of an `initial_state` that one more update changes, and ``gradient_norm`` and ``learning_rate``."""
+    rate = learning_rate_at(state["step"], config, steps_per_epoch)
+    # The learning rate follows the run, bias correction and EMA the updates that were made.
+    done = state["step"] - state["skipped"]
+    updated, norm = optimized(state, gradients, done, rate, config)
+    updated["ema"] = update_ema(state["ema"], updated["parameters"], decay_at(done, config))
+    return updated, {"gradient_norm": norm, "learning_rate": rate}
 
 
 def optimized(
