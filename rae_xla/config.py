@@ -16,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rae_xla.errors import UserError
 
+# Mappings whose keys are for each of their methods.
+SHARED_KEYS = ("sampler",)
+
 
 class Config(BaseModel):
     """A frozen, keyword-only, strictly typed object; unknown keys fail."""
@@ -77,11 +80,13 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``above`` laid over ``below``: mappings merge key by key, anything else replaces.
 
     A mapping that chooses another ``name`` or ``method`` replaces too: what was said of the old choice is not about it.
+    Not so in those of `SHARED_KEYS`.
     """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merges = isinstance(value, dict) and isinstance(old, dict) and not _chooses_another(old, value)
+        merges = isinstance(value, dict) and isinstance(old, dict)
+        merges = merges and (key in SHARED_KEYS or not _chooses_another(old, value))
         merged[key] = merge(merged[key], value) if merges else value
     return merged
 

@@ -10,8 +10,8 @@ from typing import Any
 from rae_xla import runtime, storage
 from rae_xla.config import override
 from rae_xla.errors import UserError
-from rae_xla.evaluation.generation import write_sample_set
 from rae_xla.evaluation.latent_stats import write_latent_stats
+from rae_xla.evaluation.sample_set import write_sample_set
 from rae_xla.evaluation.scores import evaluate_generation, evaluate_reconstruction
 from rae_xla.recipe import load_recipe
 from rae_xla.report import write_report

@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     AUGMENT_REAL = 10
     AUGMENT_FAKE = 11
     AUGMENT_DECODED = 12
+    SAMPLER_NOISE = 13
+    SAMPLE_LABEL = 14
 
 
 def uniform(seed: int, purpose: Purpose, rows: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -43,12 +45,15 @@ def uniform(seed: int, purpose: Purpose, rows: Tensor, shape: tuple[int, ...] = 
     return _shaped(torch.cat([_unit(first), _unit(second)], dim=1), shape)
 
 
-def normal(seed: int, purpose: Purpose, rows: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+def normal(
+    seed: int, purpose: Purpose, rows: Tensor, shape: tuple[int, ...] = (), draw: Tensor | None = None
+) -> Tensor:
     """Float32 [B, *shape], standard normal by the Box-Muller transform; ``rows`` int32 [B].
 
-    No value is larger than 5.77 in magnitude: the uniforms underneath have 24 bits.
+    ``draw``: an int32 number, for rows that draw more than once for a purpose; as many as fit 2^31 elements. No value
+    is larger than 5.77 in magnitude: the uniforms underneath have 24 bits.
     """
-    first, second = _words(seed, purpose, rows, _halves(shape))
+    first, second = _words(seed, purpose, rows, _halves(shape), draw)
     radius = (-2.0 * (1.0 - _unit(first)).log()).sqrt()
     angle = (2.0 * math.pi) * _unit(second)
     return _shaped(torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1), shape)
@@ -66,9 +71,11 @@ def _unit(words: Tensor) -> Tensor:
     return _shift_right(words, 8).float() * 2.0**-24
 
 
-def _words(seed: int, purpose: Purpose, rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _words(seed: int, purpose: Purpose, rows: Tensor, count: int, draw: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Two int32 [B, count] of random bits."""
     elements = torch.arange(count, dtype=torch.int32, device=rows.device)
+    if draw is not None:
+        elements = elements + draw * count
     key = (_as_int32(seed), _as_int32((seed >> 32) ^ int(purpose)))
     return threefry2x32(key, rows.to(torch.int32)[:, None].expand(-1, count), elements.expand(rows.shape[0], -1))
 

@@ -26,6 +26,7 @@ from rae_xla.sharding import MeshConfig
 from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig
 from rae_xla.training.heldout import HeldoutConfig
+from rae_xla.training.looks import PreviewConfig, ScoringConfig
 from rae_xla.training.metrics import LogConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.profile import ProfileConfig
@@ -168,6 +169,17 @@ class DiffusionRecipe(TrainingRecipe):
     flow: FlowConfig
     sampler: SamplerConfig
     guidance: GuidanceConfig = NoGuidance()
+    preview: PreviewConfig | None = None
+    scoring: ScoringConfig | None = None
+
+    @model_validator(mode="after")
+    def _labels(self) -> DiffusionRecipe:
+        _check_guidance(self.guidance, self.sampler)
+        if self.guidance.method == "classifier_free" and not self.flow.label_dropout:
+            raise ValueError("guidance.method: classifier_free needs a model trained with flow.label_dropout above 0")
+        if self.flow.label_dropout == 1 and self.sampler.labels != "unconditional":
+            raise ValueError("sampler.labels: must be unconditional where flow.label_dropout is 1, no label is learnt")
+        return self
 
 
 class ReconstructionRecipe(CommonRecipe):
@@ -188,6 +200,11 @@ class SamplingRecipe(CommonRecipe):
     sampler: SamplerConfig
     guidance: GuidanceConfig = NoGuidance()
 
+    @model_validator(mode="after")
+    def _labels(self) -> SamplingRecipe:
+        _check_guidance(self.guidance, self.sampler)
+        return self
+
 
 class EvaluationRecipe(RunRecipe):
     """Score reconstructions and samples with a classifier that none of the models has seen."""
@@ -200,6 +217,11 @@ class EvaluationRecipe(RunRecipe):
     def _fits(self) -> EvaluationRecipe:
         _check_image_size(self.autoencoder, self.data.image_size)
         return self
+
+
+def _check_guidance(guidance: GuidanceConfig, sampler: SamplerConfig) -> None:
+    if guidance.method == "classifier_free" and sampler.labels == "unconditional":
+        raise ValueError("guidance.method: classifier_free is away from samples without label, and all are; take none")
 
 
 def _check_heldout(data: DataConfig, source: str | None, key: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import golden_cases
 import mesh_cases
 import photos
 import torch
@@ -97,6 +98,16 @@ def streamed_batch_lies_in_parts(runtime: Runtime, directory: Path) -> bool:
     return True
 
 
+def golden_differences(runtime: Runtime) -> dict[str, float]:
+    """How far the golden sampling cases are from the released code, of the largest value."""
+    cases, models = golden_cases.golden_cases(), golden_cases.golden_models()
+    found = {}
+    for case in golden_cases.SAMPLED:
+        made = golden_cases.sampled(case, models, cases, runtime, copies=8)
+        found[case] = golden_cases.difference(made, cases[case].repeat(8, 1, 1, 1))
+    return found
+
+
 def complaint_about_sharding(runtime: Runtime) -> str:
     def total(state, frozen, batch):
         return {"sum": state["sum"] + batch["x"].sum()}, {"scaled": frozen["scale"] * batch["x"]}
@@ -124,6 +135,7 @@ if __name__ == "__main__":
         "diffusion_resumes": diffusion_resumes(runtime, str(directory / "diffusion")),
         "restores": checkpoint_on_all_meshes(create("xla", MeshConfig(fsdp=8), "fp32"), directory / "mesh_of_8"),
         "streamed_in_parts": streamed_batch_lies_in_parts(runtime, directory / "shards"),
+        "golden": golden_differences(runtime),
         "complaint": complaint_about_sharding(runtime),
     }
     (directory / "found.json").write_text(json.dumps(found))

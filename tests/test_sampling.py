@@ -91,15 +91,14 @@ def test_released_weights_are_sampled_and_every_batch_has_its_labels(root: Path)
     images = {}
     for where, batch_size in (("eager", 16), ("eager", 2), ("xla", 2)):
         recipe = load_recipe(str(root / "recipe.yaml"), [f"sampler.batch_size={batch_size}"])
-        images[where, batch_size], latents = Sampler(recipe, create(where, MeshConfig(), "fp32")).sample(
-            labels, seed=1, with_latents=True
-        )
-        assert latents.shape == (7, 24, 4, 4)
+        found = Sampler(recipe, create(where, MeshConfig(), "fp32")).sample(labels, seed=1, with_latents=True)
+        images[where, batch_size] = found["images"]
+        assert found["latents"].shape == (7, 24, 4, 4)
     whole = images["eager", 16].astype(int)
     for other in images.values():
         assert np.abs(other - whole).max() <= 1
     recipe = load_recipe(str(root / "recipe.yaml"), [])
-    relabelled, _ = Sampler(recipe, create("eager", MeshConfig(), "fp32")).sample((labels + 1) % 5, seed=1)
+    relabelled = Sampler(recipe, create("eager", MeshConfig(), "fp32")).sample((labels + 1) % 5, seed=1)["images"]
     # Labels matter for every image, so that what is above could fail.
     assert (np.abs(relabelled - whole).reshape(7, -1).max(axis=1) > 5).all()
 

@@ -8,6 +8,8 @@ step-overhead  host time of a training step of a DiT^DH, traced lazily every tim
 input          images a second from shards to batches of 256 px, beside torchvision's ImageFolder; --workers
 decoder        a small decoder on photographs with all losses, every phase of the paper's within 208 steps: its curves,
                and what noise in training gains and costs; CPU_NUM_DEVICES=8 for eight virtual devices
+sampler        host time of sampling with a DiT^DH: one lazy graph for each step, as released, and one program for all;
+               --depth-only, --images for how many at a time
 checkpoint-stall  how long a save of a model's training state keeps the loop, beside a synchronous one; --model dit_dh_b
 """
 
@@ -81,7 +83,7 @@ def input_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     """``images_per_second_per_core torchvision_images_per_second_per_core ratio``, and how far the pixels are."""
     from rae_xla.benchmarks.input import input_speed as measured
 
-    result = measured(arguments.images, arguments.workers)
+    result = measured(arguments.images or 2048, arguments.workers)
     print(
         f"JPEG of 500x375, {result['kilobytes_per_image']:.0f} kB, to batches of 256 px, {result['workers']} workers; "
         "images a second and worker:"
@@ -121,6 +123,26 @@ def decoder(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**result, "trade_off": trade_off, "picture": picture}
 
 
+def sampler(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``released_host_ms_per_image host_ms_per_image ratio compilations``."""
+    from rae_xla.benchmarks.sampler import sampler_overhead
+
+    result = sampler_overhead(arguments.model, depth_only=arguments.depth_only, num_images=arguments.images or 8)
+    print(
+        f"{result['model']}, {result['num_images']} images at a time, {result['evaluations']} evaluations; host time "
+        "of an image:"
+    )
+    print(
+        f"one lazy graph for each step {result['released_host_ms_per_image']:.2f} ms, one program for all "
+        f"{result['host_ms_per_image']:.3f} ms, ratio {result['ratio']:.0f}"
+    )
+    print(
+        f"{result['compilations']} compilations after the first call, {result['transfers_to_host_per_call']:.0f} "
+        f"transfer to the host for each; samples differ by {result['largest_difference']:.1e} of the largest value"
+    )
+    return result
+
+
 def checkpoint_stall(arguments: argparse.Namespace) -> dict[str, Any]:
     """``synchronous_seconds asynchronous_seconds ratio``."""
     from rae_xla.benchmarks.stall import checkpoint_stall as measured
@@ -148,18 +170,21 @@ if __name__ == "__main__":
         "step-overhead": step_overhead,
         "input": input_speed,
         "decoder": decoder,
+        "sampler": sampler,
         "checkpoint-stall": checkpoint_stall,
     }
     parser.add_argument("what", choices=list(measurements))
-    parser.add_argument("--model", metavar="NAME", default="dit_dh_xl", help="for step-overhead (default: dit_dh_xl)")
-    parser.add_argument("--depth-only", action="store_true", help="for step-overhead: tiny width, true depth")
+    parser.add_argument(
+        "--model", metavar="NAME", default="dit_dh_xl", help="of step-overhead, sampler (default: dit_dh_xl)"
+    )
+    parser.add_argument("--depth-only", action="store_true", help="tiny width, true depth")
     parser.add_argument("--fsdp", metavar="N", type=int, default=1, help="for step-overhead (default: 1)")
     parser.add_argument("--blocks", choices=["list", "scan"], default="list", help="for step-overhead (default: list)")
     parser.add_argument(
         "--remat", choices=["none", "block", "matmuls"], default="none", help="for step-overhead (default: none)"
     )
     parser.add_argument("--workers", metavar="N", type=int, default=2, help="for input (default: 2)")
-    parser.add_argument("--images", metavar="N", type=int, default=2048, help="for input (default: 2048)")
+    parser.add_argument("--images", metavar="N", type=int, help="for input (default: 2048) and sampler (default: 8)")
     parser.add_argument(
         "--root",
         metavar="DIR",

@@ -1,8 +1,10 @@
 """Sample images with a sampling recipe, or from a trained diffusion recipe.
 
 Writes samples.npz (arr_0 images, arr_1 labels), a contact sheet of up to 100 of them, and a manifest of everything that
-decides a score.
+decides a score. --num-images 50000 is what FID is computed of: exactly 50 of each of 1,000 classes, whatever the number
+of hosts. A job that was killed goes on where it was when the same command is run again, on as many hosts as there are.
 Image i depends on the seed, i and its label alone; batch size and number of devices change it by rounding at most.
+sampler.labels=random draws labels, sampler.labels=unconditional has none.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the manifest."""
     from rae_xla import runtime
     from rae_xla.errors import UserError
-    from rae_xla.evaluation.generation import read_labels, write_sample_set
+    from rae_xla.evaluation.generation import read_labels
+    from rae_xla.evaluation.sample_set import write_sample_set
     from rae_xla.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, "sampling", "diffusion")
@@ -38,7 +41,10 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         initial_noise=arguments.initial_noise,
         save_latents=arguments.save_latents,
     )
-    print(f"{manifest['num_images']} images in {manifest['seconds']:.0f} s: {arguments.out}")
+    print(
+        f"{manifest['num_images']} images in {arguments.out}, the last {manifest['made_now']} of them made in "
+        f"{manifest['seconds']:.0f} s"
+    )
     return manifest
 
 
@@ -46,7 +52,9 @@ if __name__ == "__main__":
     parser = cli.parser(__doc__)
     parser.add_argument("--out", metavar="DIR", required=True, help="where to write; may be gs://")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced (default: 1000)")
+    which.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="labels as the recipe's sampler says (default: 1000)"
+    )
     which.add_argument("--labels", metavar="L,L,...", help="one image for each of these labels")
     which.add_argument("--labels-file", metavar="Y.npy", help="the same from a file of whole numbers")
     parser.add_argument(

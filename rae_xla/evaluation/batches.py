@@ -38,7 +38,12 @@ def map_batches(
     runtime: Runtime,
     name: str,
 ) -> Iterator[Columns]:
-    """`map_rows` over the rows of ``columns``."""
+    """`map_rows` over the rows of ``columns``.
+
+    Raises:
+        UserError: see `check_one_host`.
+    """
+    check_one_host(runtime, name)
     num_rows = num_rows_of(columns)
 
     def rows(size: int) -> Iterator[Columns]:
@@ -74,12 +79,9 @@ def run_batches(
     """``function(frozen, batch)`` of all rows, batch by batch: the rows that went in, and what came out, as it is.
 
     ``function`` runs as one compiled step. The last batch is filled up with its last row; ``batch["is_real"]``, bool
-    [b], is false for what fills it. ``frozen`` is on the host. ``num_rows``: to show how far it is.
-
-    Raises:
-        UserError: there are several hosts, and each would have a part of the results.
+    [b], is false for what fills it. ``frozen`` is on the host. ``num_rows``: to show how far it is. Of several hosts
+    each has rows of its own and gets what comes of them, row by row; all have equally many batches.
     """
-    check_one_host(runtime, name)
 
     def step(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
@@ -88,11 +90,11 @@ def run_batches(
     compiled = runtime.compile(step, name)
     placed = runtime.place_frozen(frozen)
     logger.info("%s: %d images in batches of %d", name, num_rows, batch_size)
-    size = batch_size_for(batch_size, runtime)
+    size = batch_size_for(batch_size, runtime) // runtime.num_processes
     with tqdm(total=num_rows, desc=name, unit="image", disable=None if runtime.process_index == 0 else True) as bar:
 
         def finished(part: Columns, outputs: dict[str, Tensor]) -> tuple[Columns, Columns]:
-            found = {key: value.numpy() for key, value in runtime.to_host(outputs).items()}
+            found = own_rows(outputs, runtime)
             bar.update(num_rows_of(part))
             return part, found
 
@@ -104,6 +106,16 @@ def run_batches(
                 yield finished(*started.popleft())
         while started:
             yield finished(*started.popleft())
+
+
+def own_rows(outputs: dict[str, Tensor], runtime: Runtime) -> Columns:
+    """On the host: all of it if there is one host, else this host's rows of what is split like a batch, in order."""
+    if runtime.num_processes == 1:
+        return {key: value.numpy() for key, value in runtime.to_host(outputs).items()}
+    found = {}
+    for key, value in runtime.parts_of(outputs).items():
+        found[key] = np.concatenate([value.parts[offsets].numpy() for offsets in sorted(value.parts)])
+    return found
 
 
 def check_one_host(runtime: Runtime, name: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,11 +16,62 @@ from rae_xla import storage
 from rae_xla.errors import UserError
 
 
-def write_samples(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """``arr_0`` uint8 [N, H, W, 3] and ``arr_1`` int64 [N]."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, images, labels.astype(np.int64))
-    storage.write_bytes(path, buffer.getvalue())
+def write_samples(path: str, images: Iterable[np.ndarray], shape: tuple[int, ...], labels: np.ndarray) -> None:
+    """``arr_0`` uint8 [N, H, W, 3] of this ``shape``, handed in part by part, and ``arr_1`` int64 [N].
+
+    No more than a part is in memory.
+    """
+    arrays = {
+        "arr_0.npy": _npy_pieces(images, shape, np.dtype(np.uint8)),
+        "arr_1.npy": _npy_pieces([labels.astype(np.int64)], labels.shape, np.dtype(np.int64)),
+    }
+    storage.write_pieces(path, _zipped(arrays))
+
+
+def write_array(path: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """A ``.npy`` file of an array that is handed in part by part along its first dimension."""
+    storage.write_pieces(path, _npy_pieces(parts, shape, dtype))
+
+
+def _npy_pieces(parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> Iterator[bytes]:
+    header = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    yield header.getvalue()
+    for part in parts:
+        yield np.ascontiguousarray(part, dtype).tobytes()
+
+
+class _Collected(io.RawIOBase):
+    """A file that cannot be gone back in, whose content is taken as it comes."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        return len(data)
+
+    def taken(self) -> bytes:
+        pieces, self._pieces = self._pieces, []
+        return b"".join(pieces)
+
+
+def _zipped(members: Mapping[str, Iterable[bytes]]) -> Iterator[bytes]:
+    """A zip file, its members not compressed: noise and photographs would not become smaller."""
+    file = _Collected()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, pieces in members.items():
+            # The same samples are the same bytes, whenever they are written.
+            about = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            with archive.open(about, "w", force_zip64=True) as member:
+                for piece in pieces:
+                    member.write(piece)
+                    yield file.taken()
+    yield file.taken()
 
 
 def read_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -57,13 +110,6 @@ def read_array(path: str, key: str) -> np.ndarray:
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise UserError(f"{key}: {path} is not a .npy file of one array of numbers")
     return array
-
-
-def write_array(path: str, array: np.ndarray) -> None:
-    """A ``.npy`` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    storage.write_bytes(path, buffer.getvalue())
 
 
 def write_png(path: str, image: np.ndarray) -> None:

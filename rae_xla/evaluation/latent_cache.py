@@ -20,7 +20,7 @@ from rae_xla.data.shards import parquet_of
 from rae_xla.data.sources import open_images
 from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
-from rae_xla.evaluation.batches import map_rows
+from rae_xla.evaluation.batches import check_one_host, map_rows
 from rae_xla.models.autoencoder import load_latent_encoder, made_with
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.recipe import DiffusionRecipe
@@ -44,6 +44,7 @@ def store_latents(
     """
     if recipe.data.crop != "centre":
         raise UserError("data.crop: latents are of one crop; use centre")
+    check_one_host(runtime, "encoding")
     images = open_images(recipe.data, recipe.root, "train")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
     stored = StoredLatents(

@@ -25,7 +25,7 @@ from rae_xla.data.loader import images_in_order
 from rae_xla.data.sources import ImageSet, ShardedImages, open_images
 from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
-from rae_xla.evaluation.batches import num_rows_of, run_batches
+from rae_xla.evaluation.batches import check_one_host, num_rows_of, run_batches
 from rae_xla.models.autoencoder import load_latent_encoder, made_with
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.recipe import LatentStatsRecipe, save_recipe
@@ -108,6 +108,7 @@ def statistics_so_far(
     Raises:
         UserError: the encoder's weights are missing or do not fit.
     """
+    check_one_host(runtime, "latent statistics")
     encoder = load_latent_encoder(recipe.autoencoder, recipe.root, runtime.process_index)
 
     def reduced(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from rae_xla import storage
 from rae_xla.data.sources import ImageSet, open_in_memory
-from rae_xla.data.transforms import to_unit
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.evaluation.distances import (
@@ -21,12 +20,10 @@ from rae_xla.evaluation.distances import (
     identical_images,
     nearest_neighbour_distances,
 )
+from rae_xla.evaluation.features import JudgeFeatures
 from rae_xla.evaluation.files import contact_sheet, read_samples, write_png
 from rae_xla.evaluation.reconstruction import reconstruct
 from rae_xla.evaluation.similarity import as_unit, psnr
-from rae_xla.models.classifier import ConvNet
-from rae_xla.models.functional import call, tensors_of
-from rae_xla.models.loading import load_weights
 from rae_xla.recipe import EvaluationRecipe, save_recipe
 from rae_xla.runtime import Runtime
 
@@ -38,25 +35,19 @@ class Judge:
         self._recipe = recipe
         self._runtime = runtime
         self.heldout: ImageSet = open_in_memory(recipe.data, "heldout")
-        self._network = ConvNet(recipe.judge, image_size=recipe.data.image_size, num_classes=self.heldout.num_classes)
-        if recipe.judge.weights is None:
-            raise UserError("judge.weights: required here; train the judge and give its safetensors file")
-        load_weights(self._network, recipe.path(recipe.judge.weights), "judge.weights")
+        judge = recipe.judge
+        path = None if judge.weights is None else recipe.path(judge.weights)
+        size, num_classes = recipe.data.image_size, self.heldout.num_classes
+        self._features = JudgeFeatures(judge, size, num_classes, path, "judge.weights")
 
     def look(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [n, H, W, 3] -> (features float32 [n, F], predicted labels int64 [n])."""
-        trunk, head = self._network.trunk, self._network.head
-        runtime = self._runtime
 
         def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            features = call(trunk, frozen["trunk"], runtime, to_unit(batch["images"]))
-            logits = call(head, frozen["head"], runtime, features.to(runtime.compute_dtype))
-            return {"features": features, "predicted": logits.argmax(dim=1)}
+            return self._features(frozen, batch["images"], self._runtime)
 
-        frozen = {"trunk": tensors_of(trunk), "head": tensors_of(head)}
-        parts = list(
-            map_batches(view, frozen, {"images": images}, self._recipe.data.batch_size, self._runtime, "judging")
-        )
+        size, tensors = self._recipe.data.batch_size, self._features.tensors()
+        parts = list(map_batches(view, tensors, {"images": images}, size, self._runtime, "judging"))
         return np.concatenate([p["features"] for p in parts]), np.concatenate([p["predicted"] for p in parts])
 
     def score_samples(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float | int | None]:

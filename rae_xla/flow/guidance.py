@@ -53,6 +53,13 @@ class AutoGuidance(_Guided):
 GuidanceConfig = Annotated[NoGuidance | ClassifierFreeGuidance | AutoGuidance, Field(discriminator="method")]
 
 
+def acts_at(config: GuidanceConfig, t: Tensor) -> Tensor:
+    """Bool [S]: whether guidance changes the velocity at these times [S]."""
+    if isinstance(config, NoGuidance):
+        return torch.zeros_like(t, dtype=torch.bool)
+    return (t >= config.t_min) & (t <= config.t_max)
+
+
 def classifier_free(velocity: Velocity, config: ClassifierFreeGuidance, null_label: int) -> Velocity:
     """v_null + s (v - v_null) where t_min <= t <= t_max, v elsewhere. One evaluation on a batch of twice the size."""
 
@@ -75,6 +82,6 @@ def autoguidance(velocity: Velocity, weaker: Velocity, config: AutoGuidance) -> 
     return guided
 
 
-def _extrapolate(good: Tensor, weak: Tensor, t: Tensor, config: _Guided) -> Tensor:
-    inside = ((t >= config.t_min) & (t <= config.t_max)).reshape(-1, *[1] * (good.ndim - 1))
+def _extrapolate(good: Tensor, weak: Tensor, t: Tensor, config: ClassifierFreeGuidance | AutoGuidance) -> Tensor:
+    inside = acts_at(config, t).reshape(-1, *[1] * (good.ndim - 1))
     return torch.where(inside, weak + config.scale * (good - weak), good)

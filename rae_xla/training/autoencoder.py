@@ -31,6 +31,7 @@ from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.decoder_losses import DecoderLosses
 from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.heldout import HeldoutReconstruction
+from rae_xla.training.looks import Look
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.phases import Phase, plain_phase
@@ -63,7 +64,8 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         **recipe.paths({"autoencoder.decoder.weights": recipe.autoencoder.decoder.weights}),
     }
     state, frozen = initial_state(module), {"buffers": buffers_of(module), "encoder": tensors_of(encoder)}
-    perceptual = discriminator = heldout = None
+    perceptual = discriminator = None
+    looks: tuple[Look, ...] = ()
     if recipe.perceptual is not None:
         path = weights_path(recipe.perceptual.weights, TIMM_MODEL, recipe.root, PERCEPTUAL_KEY, runtime.process_index)
         perceptual = load_perceptual_distance(path, PERCEPTUAL_KEY)
@@ -78,20 +80,22 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         discriminator = dino, heads
         inputs[DISCRIMINATOR_KEY], frozen["dino"] = path, tensors_of(dino)
         state["discriminator"] = discriminator_state(heads)
+    steps_per_epoch = len(images) / recipe.data.batch_size
+    num_steps = total_steps(recipe.train, steps_per_epoch)
     losses = DecoderLosses(recipe, runtime, encoder, module, perceptual, discriminator)
     if recipe.heldout is not None:
         data, root = recipe.data, recipe.root
-        heldout = HeldoutReconstruction(recipe.heldout, data, root, runtime, encoder, module, perceptual)
-    make = _Phases(recipe, runtime, losses, module, discriminator, len(images) / recipe.data.batch_size)
+        looks = (HeldoutReconstruction(recipe.heldout, data, root, runtime, encoder, module, perceptual, num_steps),)
+    make = _Phases(recipe, runtime, losses, module, discriminator, steps_per_epoch)
     return TrainingTask(
         name="decoder",
         images=images,
-        num_steps=total_steps(recipe.train, len(images) / recipe.data.batch_size),
+        num_steps=num_steps,
         module=module,
         state=state,
         frozen=frozen,
         phases=tuple(make.phase(begin) for begin in phases),
-        heldout=heldout,
+        looks=looks,
         export=lambda ema: {name.removeprefix("decoder."): value for name, value in ema.items()},
         inputs=inputs,
         about={"layout": layout_of(module.decoder).as_json()},

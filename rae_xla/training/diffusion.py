@@ -24,9 +24,11 @@ from rae_xla.models.loading import initialised, values_wanted
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import DiffusionRecipe
 from rae_xla.runtime import Runtime
+from rae_xla.training.looks import Look
 from rae_xla.training.loop import TrainingTask
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.phases import plain_phase
+from rae_xla.training.samples import SampleLook
 from rae_xla.training.update import Model, initial_state
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,10 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         _check_made_alike(images.latents, recipe)
     module = _starting_model(recipe, latent_shape, images.num_classes)
     steps_per_epoch = len(images) / recipe.data.batch_size
+    num_steps = total_steps(recipe.train, steps_per_epoch)
+    looks: tuple[Look, ...] = ()
+    if recipe.preview is not None or recipe.scoring is not None:
+        looks = (SampleLook(recipe, runtime, module, steps_per_epoch, num_steps),)
     shift = recipe.flow.shift_for(latent_shape)
     logger.info("latents %s, time shift %.4f", list(latent_shape), shift)
 
@@ -64,11 +70,12 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
     return TrainingTask(
         name="diffusion",
         images=images,
-        num_steps=total_steps(recipe.train, steps_per_epoch),
+        num_steps=num_steps,
         module=module,
         state=initial_state(module),
         frozen={"buffers": buffers_of(module), **({} if encoder is None else {"encoder": tensors_of(encoder)})},
         phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
+        looks=looks,
         export=lambda ema: {**module.state_dict(), **ema},
         inputs={
             "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),

@@ -16,11 +16,13 @@ from rae_xla.config import Config
 from rae_xla.data.loader import images_in_order
 from rae_xla.data.sources import DataConfig, open_heldout
 from rae_xla.data.transforms import to_bytes, to_unit
-from rae_xla.evaluation.batches import batch_size_for, padded
+from rae_xla.evaluation.batches import batch_size_for, own_rows, padded
+from rae_xla.evaluation.files import contact_sheet
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
 from rae_xla.losses.perceptual import PerceptualDistance
 from rae_xla.models.functional import call
 from rae_xla.runtime import Runtime
+from rae_xla.training.looks import Seen
 
 logger = logging.getLogger(__name__)
 
@@ -40,14 +42,6 @@ class HeldoutConfig(Config):
     num_shown: int = Field(default=8, ge=0)
 
 
-@dataclass(frozen=True)
-class HeldoutScores:
-    """``values``: means over the images. ``pictures``: uint8 [2 n, S, S, 3], images, then their reconstructions."""
-
-    values: dict[str, float]
-    pictures: np.ndarray
-
-
 @dataclass
 class _InFloat32:
     """LPIPS is a score here, whatever the precision of training is."""
@@ -57,10 +51,12 @@ class _InFloat32:
 
 
 class HeldoutReconstruction:
-    """Scores of the weights that a training's state holds, with what it has frozen on the devices.
+    """A `Look` at the weights that a training's state holds, with what it has frozen on the devices.
 
     Scores are computed on the devices, and only their sums leave them. Every host takes its rows of each batch.
     """
+
+    title = "held-out images"
 
     def __init__(
         self,
@@ -71,8 +67,9 @@ class HeldoutReconstruction:
         encoder: nn.Module,
         decoder: nn.Module,
         perceptual: PerceptualDistance | None,
+        num_steps: int,
     ) -> None:
-        self._config, self._runtime = config, runtime
+        self._config, self._runtime, self._num_steps = config, runtime, num_steps
         self._encoder, self._decoder, self._perceptual = encoder, decoder, perceptual
         self._data = data
         self._images = open_heldout(data, config.source, root, "heldout.source")
@@ -81,21 +78,17 @@ class HeldoutReconstruction:
         self._program = runtime.compile(self._score, "heldout")
         self._has_ssim = data.image_size > 2 * SSIM_BORDER
 
-    def is_due(self, step: int, num_steps: int) -> bool:
-        """Whether to look after this step."""
-        return step % self._config.every_steps == 0 or step == num_steps
+    def is_due(self, step: int) -> bool:
+        """See `Look`."""
+        return step % self._config.every_steps == 0 or step == self._num_steps
 
     def prepare(self, state: Any, frozen: Any) -> None:
-        """Compile, and run nothing."""
+        """See `Look`."""
         blank = np.zeros((1, self._data.image_size, self._data.image_size, 3), np.uint8)
         self._program.prepare({}, self._given(state, frozen), self._placed(blank))
 
-    def __call__(self, state: Any, frozen: Any, leaves: Callable[[], bool]) -> HeldoutScores | None:
-        """The scores of the state's averaged weights. Waits for them; none if it ``leaves`` before the end.
-
-        Raises:
-            SourceError: images cannot be read.
-        """
+    def __call__(self, step: int, state: Any, frozen: Any, leaves: Callable[[], bool]) -> Seen | None:
+        """See `Look`. Values are means over the images; the picture shows images, and their reconstructions below."""
         given = self._given(state, frozen)
         sums: dict[str, float] = {}
         shown: list[np.ndarray] = []
@@ -109,15 +102,10 @@ class HeldoutReconstruction:
             if not shown and self._config.num_shown:
                 own = images[self._own]
                 few = min(self._config.num_shown, len(own))
-                shown = [own[:few], self._rows(made)[:few]]
+                shown = [own[:few], own_rows({"images": made}, self._runtime)["images"][:few]]
         number = sums.pop("number")
-        pictures = np.concatenate(shown) if shown else np.zeros((0, 1, 1, 3), np.uint8)
-        return HeldoutScores({name: value / number for name, value in sums.items()}, pictures)
-
-    def _rows(self, made: Tensor) -> np.ndarray:
-        """This host's rows of what all devices made, in order."""
-        parts = self._runtime.parts_of({"images": made})["images"].parts
-        return np.concatenate([parts[offsets].numpy() for offsets in sorted(parts)])
+        pictures = {"reconstructions": contact_sheet(np.concatenate(shown), len(shown[0]))} if len(shown) else {}
+        return Seen({f"heldout_{name}": value / number for name, value in sums.items()}, pictures)
 
     def _given(self, state: Any, frozen: Any) -> Any:
         kept = {part: frozen[part] for part in ("encoder", "perceptual") if part in frozen}

@@ -17,14 +17,14 @@ from rae_xla.data.loader import training_batches
 from rae_xla.data.prefetch import Prefetched
 from rae_xla.data.sources import ImageSet, ShardedImages
 from rae_xla.errors import PreemptedError, SourceError, StoppedError, UserError, first_line
-from rae_xla.evaluation.files import contact_sheet, write_png
+from rae_xla.evaluation.files import write_png
 from rae_xla.recipe import TrainingRecipe, save_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training import checkpoint
 from rae_xla.training.checkpoint import CHECKPOINTS, Checkpoints, Progress
 from rae_xla.training.diagnosis import first_not_finite
 from rae_xla.training.export import described_weights, export_weights
-from rae_xla.training.heldout import HeldoutReconstruction
+from rae_xla.training.looks import Look
 from rae_xla.training.metrics import MetricsLog
 from rae_xla.training.phases import Phase, Programs
 from rae_xla.training.profile import StepProfiler
@@ -53,8 +53,8 @@ class TrainingTask:
     frozen: dict[str, Any]
     phases: tuple[Phase, ...]
     """In order; the first begins with the run."""
-    heldout: HeldoutReconstruction | None = None
-    """What scores the run while it trains."""
+    looks: tuple[Look, ...] = ()
+    """What the run is looked at by while it trains."""
     export: Callable[[Any], dict[str, Any]]
     """From averaged weights by their names in the module to what the file of weights holds; it reads no values."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -213,10 +213,10 @@ class _Run:
             leaves = self._agreement.on(interruption.reason is not None)
             if is_due or leaves or step == num_steps:
                 is_due = not self._save(log)
-            heldout = self._task.heldout
-            if heldout is not None and heldout.is_due(step, num_steps) and not leaves:
-                self._look_at_heldout(heldout, log, interruption)
-                watchdog.step()
+            for look in self._task.looks:
+                if look.is_due(step) and not leaves:
+                    self._look(look, log, interruption)
+                    watchdog.step()
             if leaves and step < num_steps:
                 self._checkpoints.wait()
                 reason = interruption.reason or "another host goes away"
@@ -226,36 +226,35 @@ class _Run:
     def _prepare(self, step: int, batch: Any, watchdog: Watchdog) -> None:
         """Compile all that is still to come, so that nothing fails for the first time after days."""
         self.programs.prepare(step, self._state, self._frozen, batch, watchdog.step)
-        if self._task.heldout is not None:
-            self._task.heldout.prepare(self._state, self._frozen)
+        for look in self._task.looks:
+            look.prepare(self._state, self._frozen)
             watchdog.step()
         self._is_prepared = True
 
-    def _look_at_heldout(self, heldout: HeldoutReconstruction, log: MetricsLog, interruption: Interruption) -> None:
-        alone = self._runtime.num_processes == 1
+    def _look(self, look: Look, log: MetricsLog, interruption: Interruption) -> None:
+        alone, step = self._runtime.num_processes == 1, self.progress.step
         try:
-            with log.timed("heldout"):
-                # Several hosts score together: none can leave the others to it.
-                scores = heldout(self._state, self._frozen, lambda: alone and interruption.reason is not None)
+            with log.timed("looks"):
+                # Several hosts look together: none can leave the others to it.
+                seen = look(step, self._state, self._frozen, lambda: alone and interruption.reason is not None)
         except SourceError as error:
             if not alone:
                 raise self._stopped(error, log) from error
-            logger.warning(
-                "%s: no scores of held-out images at step %d (%s)", self._task.name, self.progress.step, error
-            )
+            logger.warning("%s: no scores of %s at step %d (%s)", self._task.name, look.title, step, error)
             return
-        if scores is None:
+        if seen is None:
             return
-        log.add_heldout(self.progress.step, scores.values)
-        if len(scores.pictures) and self._runtime.process_index == 0:
-            sheet = contact_sheet(scores.pictures, len(scores.pictures) // 2)
-            log.trackers.log_images(self.progress.step, {"reconstructions": sheet})
-            path = storage.join(self.directory, SAMPLES, f"reconstructions_{self.progress.step:08d}.png")
-            try:
-                write_png(path, sheet)
-            # As with metrics: training is worth more than its pictures.
-            except Exception as error:
-                logger.warning("%s: %s is not written (%s)", self._task.name, path, first_line(error))
+        if seen.values:
+            log.add_seen(step, look.title, seen.values)
+        if seen.pictures and self._runtime.process_index == 0:
+            log.trackers.log_images(step, seen.pictures)
+            for name, sheet in seen.pictures.items():
+                path = storage.join(self.directory, SAMPLES, f"{name}_{step:08d}.png")
+                try:
+                    write_png(path, sheet)
+                # As with metrics: training is worth more than its pictures.
+                except Exception as error:
+                    logger.warning("%s: %s is not written (%s)", self._task.name, path, first_line(error))
 
     def _save(self, log: MetricsLog) -> bool:
         """Save this step, unless it is one of bad ones, which a run may have to go back behind; not so the last."""

@@ -4,10 +4,10 @@ Values stay on the device until a later step has been started, so reading them n
 
 A line also says where the time of a step went, in milliseconds, on average since the last line: ``input_ms`` waiting
 for the batch, ``host_ms`` starting the step, ``device_wait_ms`` waiting for the devices, ``checkpoint_ms`` saving,
-``heldout_ms`` looking at held-out images, out of ``step_ms``. A run that hardly waits for its devices is held up by
-its host or its input. The first line holds the compilation. ``input_retries_*`` and ``input_unreadable`` count requests
-that were tried again and images that could not be decoded, on the first host since the run was started. Scores on
-held-out images, ``heldout_*``, have lines of their own.
+``looks_ms`` looking at held-out images or samples, out of ``step_ms``. A run that hardly waits for its devices is held
+up by its host or its input. The first line holds the compilation. ``input_retries_*`` and ``input_unreadable`` count
+requests that were tried again and images that could not be decoded, on the first host since the run was started. Scores
+of held-out images, ``heldout_*``, and of samples have lines of their own.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ READ_BEHIND_STEPS = 2
 WRITE_EVERY_SECONDS = 30.0
 
 
-Part = Literal["input", "host", "device_wait", "checkpoint", "heldout"]
+Part = Literal["input", "host", "device_wait", "checkpoint", "looks"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 
@@ -111,15 +111,14 @@ class MetricsLog:
             self._read(*self._pending.popleft())
         self._bar.update(1)
 
-    def add_heldout(self, step: int, scores: Mapping[str, float]) -> None:
-        """A line of its own: scores on held-out images after this step."""
+    def add_seen(self, step: int, title: str, values: Mapping[str, float]) -> None:
+        """A line of its own: what was seen of this step, see `rae_xla.training.looks`."""
         while self._pending:
             self._read(*self._pending.popleft())
-        named = {f"heldout_{name}": value for name, value in scores.items()}
-        self._lines.append(json.dumps({"step": step, **named}) + "\n")
-        self.trackers.log(step, named)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        logger.info("%s: step %d, held-out images: %s", self._name, step, shown)
+        self._lines.append(json.dumps({"step": step, **values}) + "\n")
+        self.trackers.log(step, dict(values))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+        logger.info("%s: step %d, %s: %s", self._name, step, title, shown)
 
     def flush(self) -> None:
         """Read everything that is pending and write the file."""

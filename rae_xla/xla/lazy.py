@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch_xla
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 from torch.utils._pytree import tree_leaves
 
@@ -31,3 +32,8 @@ def num_transfers_to_host() -> int:
     """Transfers from the devices to the host in this process so far."""
     data = xla_metrics.metric_data("TransferFromDeviceTime")
     return 0 if data is None else int(data[0])
+
+
+def wait_for_devices() -> None:
+    """Until all that was started is done."""
+    xm.wait_device_ops()

@@ -1,0 +1,60 @@
+"""What a run is looked at by while it trains, besides its loss: scores and pictures of its averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from pydantic import Field
+
+from rae_xla.config import Config
+from rae_xla.models.classifier import ConvNetConfig
+
+
+class PreviewConfig(Config):
+    """Pictures of samples, every so many epochs and at the end."""
+
+    every_epochs: float = Field(gt=0)
+    num_images: int = Field(default=40, gt=0)
+
+
+class ScoringConfig(Config):
+    """Scores of samples, every so many epochs and at the end; their names say of how many.
+
+    ``judge``: the classifier that says whether it recognises them, and in whose features they are compared with the
+    held-out images of a set in memory.
+    """
+
+    every_epochs: float = Field(gt=0)
+    num_images: int = Field(default=10_000, ge=2)
+    judge: ConvNetConfig
+
+
+@dataclass(frozen=True)
+class Seen:
+    """``values``: by their names in ``metrics.jsonl``. ``pictures``: sheets, uint8 [H, W, 3], by name."""
+
+    values: dict[str, float]
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class Look(Protocol):
+    """A program of its own beside the training step's, on the tensors that are on the devices for that."""
+
+    title: str
+    """What is looked at, for the log."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look after this step."""
+
+    def prepare(self, state: Any, frozen: Any) -> None:
+        """Compile, and run nothing."""
+
+    def __call__(self, step: int, state: Any, frozen: Any, leaves: Callable[[], bool]) -> Seen | None:
+        """What the state's averaged weights do. Waits for it; nothing if it ``leaves`` before the end.
+
+        Raises:
+            SourceError: images cannot be read.
+        """

@@ -1,0 +1,169 @@
+"""Sets of samples: made by any number of hosts, gone on with after kills, and what is written about them."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import run_python, run_tool
+from test_sampling import root as root
+
+from rae_xla.evaluation import sample_set
+from rae_xla.evaluation.files import read_samples
+from rae_xla.evaluation.generation import Sampler, labels_of
+from rae_xla.evaluation.sample_set import write_sample_set
+from rae_xla.recipe import load_recipe
+from rae_xla.runtime import create
+from rae_xla.sharding import MeshConfig
+
+
+def made_by(root: Path, out: Path, num_images: int, batch_size: int, hosts: list[int], kills: int) -> tuple:
+    """(images, labels, what tests/sampling_jobs.py says)"""
+    recipe = {**yaml.safe_load((root / "recipe.yaml").read_text()), "sampler": {"num_grid_points": 8}}
+    recipe["sampler"]["batch_size"] = batch_size
+    path = out.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(recipe))
+    arguments = [str(path), str(out), str(num_images), *map(str, hosts), str(kills)]
+    done = run_python("tests/sampling_jobs.py", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not (out / "parts").exists()
+    return *read_samples(str(out / "samples.npz")), json.loads(done.stdout.splitlines()[-1])
+
+
+def check_same_on_all_hosts(root: Path, directory: Path, num_images: int, kills: int) -> None:
+    whole, labels, _ = made_by(root, directory / "one", num_images, 32, [1], 0)
+    assert np.bincount(labels).tolist() == [num_images // 5] * 5
+    for hosts, batch_size in (([3], 100), ([8, 3], 125)):
+        images, again, found = made_by(root, directory / f"{hosts[0]}", num_images, batch_size, hosts, kills)
+        print(hosts, batch_size, found)
+        assert found["jobs"] == kills + 1
+        np.testing.assert_array_equal(again, labels)
+        difference = np.abs(images.astype(int) - whole.astype(int))
+        # Other batches may add in another order: at most a grey level, and hardly ever that.
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3, (difference.max(), (difference > 0).mean())
+    assert len({image.tobytes() for image in whole}) == num_images
+
+
+def test_any_number_of_hosts_makes_the_same_samples(root: Path, tmp_path: Path) -> None:
+    check_same_on_all_hosts(root, tmp_path, 1000, 1)
+
+
+@pytest.mark.nightly
+def test_50_000_samples_of_hosts_that_are_killed(root: Path, tmp_path: Path) -> None:
+    check_same_on_all_hosts(root, tmp_path, 50_000, 8)
+
+
+def test_a_killed_job_goes_on_where_it_was(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_set, "IMAGES_PER_PART", 10)
+    recipe = load_recipe(str(root / "recipe.yaml"), ["sampler.batch_size=8"])
+    runtime = create("eager", MeshConfig(), "fp32")
+    whole = write_sample_set(recipe, runtime, str(tmp_path / "whole"), seed=3, num_images=60)
+    assert whole["made_now"] == 60
+    run = Sampler.run
+
+    def ends_early(self, *arguments):
+        for number, made in enumerate(run(self, *arguments)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield made
+
+    monkeypatch.setattr(Sampler, "run", ends_early)
+    with pytest.raises(KeyboardInterrupt):
+        write_sample_set(recipe, runtime, str(tmp_path / "parts"), seed=3, num_images=60)
+    monkeypatch.setattr(Sampler, "run", run)
+    parts = sorted(path.name for path in (tmp_path / "parts" / "parts").iterdir())
+    # What was made before it was told to end is there, though the last is a part cut short.
+    assert parts[-1] == "00000030-00000032.safetensors"
+    (tmp_path / "parts" / "parts" / parts[0]).unlink()
+    resumed = write_sample_set(recipe, runtime, str(tmp_path / "parts"), seed=3, num_images=60)
+    assert resumed["made_now"] == 60 - 32 + 10
+    for name in ("samples.npz", "contact_sheet.png", "plan.json", "recipe.yaml"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    # Once more, and nothing is made.
+    before = (tmp_path / "whole" / "samples.npz").stat().st_mtime_ns
+    assert write_sample_set(recipe, runtime, str(tmp_path / "whole"), seed=3, num_images=60) == whole
+    assert (tmp_path / "whole" / "samples.npz").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        (["--seed", "4"], "seed"),
+        (["--num-images", "21"], "labels_sha256"),
+        (["guidance.scale=2.0"], "guidance"),
+        (["sampler.num_grid_points=9"], "evaluations"),
+        (["sampler.labels=random"], "label_mode"),
+        (["precision=bf16"], "precision"),
+        (["--save-latents", "latents.npy"], "latents"),
+    ],
+)
+def test_a_folder_has_samples_of_one_kind(
+    changed: list[str], key: str, root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    out = tmp_path_factory.getbasetemp() / "of_one_kind"
+    arguments = [str(root / "recipe.yaml"), "--out", str(out)]
+    if not out.exists():
+        assert run_tool("sample", *arguments, "--num-images", "20")[0] == 0
+    number = [] if "--num-images" in changed else ["--num-images", "20"]
+    code, _, errors = run_tool("sample", *arguments, *number, *changed)
+    assert code == 2 and re.search(f"--out: .* holds samples made with another {key} .*give another folder", errors)
+    # A setting that changes no image may change.
+    assert run_tool("sample", *arguments, "--num-images", "20", "sampler.batch_size=3")[0] == 0
+
+
+def test_sample_files_are_as_adm_s_evaluator_reads_them(root: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(root / "recipe.yaml"), [])
+    runtime = create("eager", MeshConfig(), "fp32")
+    write_sample_set(recipe, runtime, str(tmp_path), seed=3, num_images=12, save_latents=str(tmp_path / "z.npy"))
+    with zipfile.ZipFile(tmp_path / "samples.npz") as archive:
+        assert archive.namelist() == ["arr_0.npy", "arr_1.npy"] and archive.testzip() is None
+        # It reads the header, then the rows one by one, from a stream that cannot go back.
+        with archive.open("arr_0.npy") as file:
+            assert np.lib.format.read_magic(file) == (1, 0)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            assert shape == (12, 32, 32, 3) and not fortran and dtype == np.uint8
+            assert len(file.read()) == 12 * 32 * 32 * 3
+    assert np.load(tmp_path / "z.npy").shape == (12, 24, 4, 4)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["label_mode"] == "balanced" and manifest["evaluations"] == 7 and len(manifest["times"]) == 8
+    assert manifest["files"]["guide"]["sha256"] and manifest["precision"] == "fp32"
+
+
+def test_labels_are_balanced_random_or_none() -> None:
+    balanced = labels_of("balanced", 0, 50_000, 1000)
+    assert (np.bincount(balanced) == 50).all()
+    # A score that takes 5,000 in file order sees all classes.
+    assert len(set(balanced[:5000].tolist())) == 1000
+    drawn = labels_of("random", 1, 50_000, 1000)
+    counts = np.bincount(drawn, minlength=1000)
+    # Chi-square of 999 degrees of freedom, five deviations around its mean.
+    assert abs(((counts - 50.0) ** 2 / 50.0).sum() - 999) < 5 * np.sqrt(2 * 999)
+    np.testing.assert_array_equal(labels_of("random", 1, 100, 1000), drawn[:100])
+    assert (labels_of("random", 2, 100, 1000) != drawn[:100]).mean() > 0.9
+    assert (labels_of("unconditional", 0, 10, 1000) == 1000).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["guidance={method: none}", "guidance={method: autoguidance, scale: 1.4}"], "guidance.model: required"),
+        (["guidance.t_max=1.5"], "guidance.*t_max: .*less than or equal to 1"),
+        (["guidance.t_min=0.8", "guidance.t_max=0.2"], "guidance.*t_min 0.8 is above t_max 0.2"),
+        (["guidance.model.weights=null"], "guidance.model.weights: required here"),
+        (["guidance.model.width=16"], "guidance.model.weights: .*does not fit this model"),
+        (["sampler.labels=unconditional", "guidance={method: classifier_free, scale: 1.4}"], "guidance.method: "),
+        (["sampler.method=heun", "sampler.diffusion=1.0"], "diffusion: goes with method euler_maruyama"),
+        (["sampler.method=euler_maruyama"], "diffusion: goes with method euler_maruyama"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_compiled(
+    arguments: list[str], message: str, root: Path, tmp_path: Path
+) -> None:
+    code, _, errors = run_tool("sample", str(root / "recipe.yaml"), "--out", str(tmp_path / "out"), *arguments)
+    assert code == 2 and re.search(message, errors), errors
+    assert errors.count("\n") == 1 and not (tmp_path / "out").exists()
