@@ -86,7 +86,8 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = merged.get(key)
         merges = isinstance(value, dict) and isinstance(old, dict)
-        merges = merges and (key in SHARED_KEYS or not _chooses_another(old, value))
+        if isinstance(value, dict) and isinstance(old, dict) and key not in SHARED_KEYS:
+            merges = not _chooses_another(old, value)
         merged[key] = merge(merged[key], value) if merges else value
     return merged
 

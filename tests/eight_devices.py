@@ -56,7 +56,7 @@ def diffusion_resumes(runtime: Runtime, directory: str) -> bool:
         return state
 
     def start() -> dict:
-        return runtime.place_state(initial_state(module))
+        return runtime.place_state(initial_state(module, optimizer))
 
     whole = runtime.to_host(state_after(start(), range(10)))
     checkpoints = Checkpoints(directory, CheckpointConfig(every_steps=1), runtime, {}, {})

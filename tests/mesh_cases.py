@@ -27,6 +27,9 @@ from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.update import initial_state, make_update
 
 NUM_STEPS, BATCH_SIZE, LATENT_SHAPE = 10, 16, (8, 2, 2)
+OPTIMIZER = OptimizerConfig(
+    num_epochs=1, learning_rate=1e-4, schedule="linear", ema_decay=0.9, more_ema_decays=(0.5,), ema_warmup=True
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,11 @@ def loss(model, frozen, batch):
 def run(case: Case, where: str) -> dict:
     runtime = create(where, MeshConfig(fsdp=case.fsdp, rules=case.rules), case.precision)
     compute = ComputeConfig(blocks=case.blocks, remat=case.remat, num_microbatches=case.num_microbatches)
-    optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-4, schedule="linear", ema_decay=0.9, ema_warmup=True)
     module = small_model()
-    update = make_update(module, loss, optimizer, compute, float(NUM_STEPS), runtime)
+    update = make_update(module, loss, OPTIMIZER, compute, float(NUM_STEPS), runtime)
     step = runtime.compile(update, "small")
-    state, frozen = runtime.place_state(initial_state(module)), runtime.place_frozen({"buffers": buffers_of(module)})
+    state = runtime.place_state(initial_state(module, OPTIMIZER))
+    frozen = runtime.place_frozen({"buffers": buffers_of(module)})
     losses = []
     for index in range(NUM_STEPS):
         state, metrics = step(state, frozen, runtime.place_batch(batch(index)))
@@ -99,7 +102,7 @@ def run(case: Case, where: str) -> dict:
 
 def numbered_state() -> dict:
     """A training state whose every number is another."""
-    state = initial_state(small_model())
+    state = initial_state(small_model(), OPTIMIZER)
     count = 0
     for number, tensor in enumerate(tree_leaves(state)):
         tensor.copy_(torch.arange(count, count + tensor.numel()).reshape(tensor.shape) + number)

@@ -192,13 +192,38 @@ def test_weights_are_exported_from_any_checkpoint(four_steps: Path, tmp_path: Pa
     assert torch.equal(found["trunk.hidden.weight"], stored.whole("parameters/trunk.hidden.weight"))
     vectors = torch.cat([value for value in found.values() if value.ndim == 1])
     assert torch.equal(vectors.sort().values, stored.whole("parameters/vectors").sort().values)
+    judge = str(four_steps / "judge")
     for arguments, message in (
         ([str(tmp_path), "--out", raw], "has no complete checkpoint"),
+        ([judge, "--out", raw, "--ema-decay", "0.5"], "--ema-decay: 0.5 was not kept by .*, which has 0.98"),
         ([str(four_steps / "judge"), "--out", raw, "--step", "2"], "--step: 2 is not there; .* has 3, 4"),
     ):
         code, _, errors = run_tool("export", *arguments)
         assert code == 2 and errors.count("\n") == 1, errors
         assert re.search(message, errors), errors
+
+
+def test_several_averages_are_kept_and_exported(tmp_path: Path) -> None:
+    run(tmp_path, 2, "train.ema_decay=0.9", "train.more_ema_decays=[0.5, 0.0]", "checkpoint.every_steps=1")
+    found = {}
+    for name, options in {
+        "first": ["--raw", "--step", "1"],
+        "second": ["--raw"],
+        "half": ["--ema-decay", "0.5"],
+        "nothing": ["--ema-decay", "0"],
+        "first_average": ["--ema-decay", "0.5", "--step", "1"],
+        "default": ["--ema-decay", "0.9"],
+    }.items():
+        file = str(tmp_path / f"{name}.safetensors")
+        code, _, errors = run_tool("export", str(tmp_path / "judge"), "--out", file, *options)
+        assert code == 0, errors
+        found[name] = load_file(file)
+    weight = {name: tensors["trunk.hidden.weight"] for name, tensors in found.items()}
+    torch.testing.assert_close(weight["nothing"], weight["second"])
+    assert (weight["first"] - weight["second"]).abs().max() > 1e-5
+    torch.testing.assert_close(weight["half"], 0.5 * weight["first_average"] + 0.5 * weight["second"])
+    weights = load_file(tmp_path / "judge" / "weights.safetensors")
+    assert torch.equal(weights["trunk.hidden.weight"], weight["default"])
 
 
 def test_several_processes_write_and_read_their_parts(tmp_path: Path) -> None:

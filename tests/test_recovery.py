@@ -137,7 +137,7 @@ def task_with(broken: Broken, root: Path, where: str, *overrides: str) -> tuple[
         images=images,
         num_steps=NUM_STEPS,
         module=module,
-        state=initial_state(module),
+        state=initial_state(module, recipe.train),
         frozen={"buffers": buffers_of(module)},
         phases=(plain_phase(module, loss, recipe, 100.0, runtime),),
         export=dict,

@@ -17,6 +17,7 @@ from rae_xla.models.functional import parameters_of
 from rae_xla.models.loading import on_meta
 from rae_xla.recipe import load_recipe
 from rae_xla.sharding import MeshConfig, Sharding, explained
+from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.update import initial_state
 
@@ -110,7 +111,9 @@ def test_mesh_mistakes() -> None:
 
 def test_explained_sums_what_a_chip_holds() -> None:
     module = torch.nn.Linear(256, 128)
-    text = explained(Sharding((1, 4)), initial_state(module), {"encoder": {"table": torch.zeros(1024, 256)}})
+    optimizer = OptimizerConfig(num_epochs=1, learning_rate=1e-3, ema_decay=0.9)
+    state, frozen = initial_state(module, optimizer), {"encoder": {"table": torch.zeros(1024, 256)}}
+    text = explained(Sharding((1, 4)), state, frozen)
     numbers = 4 * (256 * 128 / 4 + 128) + 1024 * 256 / 4
     assert f"in all {4 * numbers / 2**30:.4f} GiB a chip" in text
     assert re.search(r"weight +128x256 +dim 1 over fsdp +dim 1 over fsdp", text)

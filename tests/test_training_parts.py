@@ -162,7 +162,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
 
     runtime = create(where, MeshConfig(), "fp32")
     step = runtime.compile(make_update(module, loss, config, ComputeConfig(), 10.0, runtime), "update")
-    state, frozen = runtime.place_state(initial_state(module)), runtime.place_frozen({"buffers": {}})
+    state, frozen = runtime.place_state(initial_state(module, config)), runtime.place_frozen({"buffers": {}})
     states, metrics = [], []
     for value in (1.0, float("nan"), float("inf"), 2.0):
         state, measured = step(state, frozen, runtime.place_batch({"x": torch.full((4, 3), value)}))
@@ -171,7 +171,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(where: str) -> None:
     # Read when the states that they were measured with are gone, as the log does.
     skipped = [int(runtime.to_host(measured)["skipped_updates"]) for measured in metrics]
     # The first real update after them is the second one of AdamW and EMA.
-    twice = runtime.place_state(initial_state(module))
+    twice = runtime.place_state(initial_state(module, config))
     for value in (1.0, 2.0):
         twice, _ = step(twice, frozen, runtime.place_batch({"x": torch.full((4, 3), value)}))
     torch.testing.assert_close(states[3]["parameters"], runtime.to_host(twice)["parameters"])
@@ -212,7 +212,7 @@ def test_norms_and_their_weights_stay_float32_in_bf16() -> None:
 def test_ema_decay_grows_with_warmup() -> None:
     def at(step: int, **options: bool) -> float:
         config = OptimizerConfig(num_epochs=1, learning_rate=1.0, ema_decay=0.9, **options)
-        return decay_at(torch.tensor(step, dtype=torch.int32), config).item()
+        return decay_at(torch.tensor(step, dtype=torch.int32), config.ema_decay, config).item()
 
     assert [at(step) for step in (0, 1000)] == pytest.approx([0.9, 0.9])
     assert [at(step, ema_warmup=True) for step in (0, 8, 79, 1000)] == pytest.approx([0.1, 0.5, 80 / 89, 0.9])

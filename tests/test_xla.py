@@ -256,7 +256,7 @@ def programs(runtime: Runtime) -> dict[tuple[str, str], str]:
         compute = ComputeConfig(blocks=blocks, remat=remat)
         update = make_update(module, loss, optimizer, compute, 10.0, runtime)
         frozen = runtime.place_frozen({"buffers": buffers_of(module)})
-        results = update(runtime.place_state(initial_state(module)), frozen, runtime.place_batch(batch(0)))
+        results = update(runtime.place_state(initial_state(module, optimizer)), frozen, runtime.place_batch(batch(0)))
         text = torch_xla._XLAC._get_xla_tensors_hlo(tree_leaves(results))
         del results
         # Nothing of it is to be computed.

@@ -137,8 +137,8 @@ def sampler(arguments: argparse.Namespace) -> dict[str, Any]:
         f"{result['host_ms_per_image']:.3f} ms, ratio {result['ratio']:.0f}"
     )
     print(
-        f"{result['compilations']} compilations after the first call, {result['transfers_to_host_per_call']:.0f} "
-        f"transfer to the host for each; samples differ by {result['largest_difference']:.1e} of the largest value"
+        f"{result['compilations']} compilation for all calls, {result['transfers_to_host_per_call']:.0f} transfer to "
+        f"the host for each; samples differ by {result['largest_difference']:.1e} of the largest value"
     )
     return result
 

@@ -81,7 +81,7 @@ def step_overhead(
         )
 
     def run(step: Callable[[Any, Any, Any], tuple[Any, Any]], count: int) -> dict[str, float]:
-        state = runtime.place_state(initial_state(module))
+        state = runtime.place_state(initial_state(module, optimizer))
         times, compiled = [], 0
         for index in range(WARMUP_STEPS + count):
             placed = batch(index)

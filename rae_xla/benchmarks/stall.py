@@ -16,6 +16,7 @@ from rae_xla.benchmarks.overhead import created_model
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress
+from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.update import initial_state
 
 NUM_SAVES = 2
@@ -31,7 +32,7 @@ def checkpoint_stall(name: str, fsdp: int) -> dict[str, Any]:
     """
     runtime = create("xla", MeshConfig(fsdp=fsdp), "fp32")
     module, _ = created_model(name, depth_only=False)
-    state = runtime.place_state(initial_state(module))
+    state = runtime.place_state(initial_state(module, OptimizerConfig(num_epochs=1, learning_rate=1e-3, ema_decay=0.9)))
     frozen, batch = runtime.place_frozen({}), runtime.place_batch({"x": torch.ones(runtime.num_devices)})
 
     def decay(state: Any, _: Any, batch: Any) -> tuple[Any, Any]:

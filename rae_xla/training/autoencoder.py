@@ -63,7 +63,7 @@ def autoencoder_task(recipe: AutoencoderRecipe, runtime: Runtime) -> TrainingTas
         "autoencoder.encoder.weights": encoder_weights_path(recipe.autoencoder, recipe.root),
         **recipe.paths({"autoencoder.decoder.weights": recipe.autoencoder.decoder.weights}),
     }
-    state, frozen = initial_state(module), {"buffers": buffers_of(module), "encoder": tensors_of(encoder)}
+    state, frozen = initial_state(module, recipe.train), {"buffers": buffers_of(module), "encoder": tensors_of(encoder)}
     perceptual = discriminator = None
     looks: tuple[Look, ...] = ()
     if recipe.perceptual is not None:

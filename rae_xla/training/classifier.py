@@ -48,7 +48,7 @@ def classifier_task(recipe: ClassifierRecipe, runtime: Runtime) -> TrainingTask:
         images=images,
         num_steps=total_steps(recipe.train, steps_per_epoch),
         module=module,
-        state=initial_state(module),
+        state=initial_state(module, recipe.train),
         frozen={"buffers": buffers_of(module)},
         phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
         export=export,

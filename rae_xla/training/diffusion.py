@@ -72,7 +72,7 @@ def diffusion_task(recipe: DiffusionRecipe, runtime: Runtime) -> TrainingTask:
         images=images,
         num_steps=num_steps,
         module=module,
-        state=initial_state(module),
+        state=initial_state(module, recipe.train),
         frozen={"buffers": buffers_of(module), **({} if encoder is None else {"encoder": tensors_of(encoder)})},
         phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
         looks=looks,

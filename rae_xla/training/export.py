@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -12,11 +12,12 @@ from rae_xla import storage
 from rae_xla.errors import UserError
 from rae_xla.models.functional import Tensors, by_module_names
 from rae_xla.training.checkpoint import CHECKPOINTS, CONSTANTS, complete_steps, step_directory
+from rae_xla.training.ema import averages
+from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.same_run import COMPUTED
 from rae_xla.training.stored_index import DamagedError, StoredIndex
 
-Kind = Literal["ema", "raw"]
-STORED_AS = {"ema": "ema", "raw": "parameters"}
+RAW = "raw"
 Export = Callable[[Mapping[str, Any]], dict[str, Any]]
 
 
@@ -64,11 +65,11 @@ def described_weights(module: nn.Module, parameters: Tensors, export: Export) ->
     return {name: {**asdict(place), "constant": name in constants} for name, place in places.items()}, constants
 
 
-def export_run(run_dir: str, step: int | None, kind: Kind, path: str) -> dict[str, Any]:
+def export_run(run_dir: str, step: int | None, kind: str, path: str) -> dict[str, Any]:
     """`export_weights` of a run's checkpoint of this step, or the newest.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged, or has no such average.
     """
     directory = storage.join(run_dir, CHECKPOINTS)
     steps = complete_steps(directory)
@@ -77,13 +78,22 @@ def export_run(run_dir: str, step: int | None, kind: Kind, path: str) -> dict[st
     if step is not None and step not in steps:
         raise UserError(f"--step: {step} is not there; {run_dir} has {', '.join(map(str, steps))}")
     try:
-        return export_weights(StoredIndex(step_directory(directory, step or steps[-1])), kind, path)
+        found = StoredIndex(step_directory(directory, step or steps[-1]))
+        train = OptimizerConfig.model_validate(found.about["recipe"]["train"])
+        # The first is called by its decay too.
+        kind = "ema" if kind == f"ema_{train.ema_decay}" else kind
+        if kind not in (RAW, *averages(train)):
+            decays = ", ".join(map(str, averages(train).values()))
+            raise UserError(f"--ema-decay: {kind.removeprefix('ema_')} was not kept by {run_dir}, which has {decays}")
+        return export_weights(found, kind, path)
     except DamagedError as error:
         raise UserError(f"{error}; export another step") from error
 
 
-def export_weights(checkpoint: StoredIndex, kind: Kind, path: str) -> dict[str, Any]:
-    """Write a checkpoint's weights, averaged or as they are trained, and return what their file says of them.
+def export_weights(checkpoint: StoredIndex, kind: str, path: str) -> dict[str, Any]:
+    """Write a checkpoint's weights and return what their file says of them.
+
+    ``kind``: one of the state's `averages`, or ``raw`` for those that are trained.
 
     Raises:
         DamagedError: the checkpoint is not as it was written; no file is left.
@@ -109,6 +119,6 @@ def export_weights(checkpoint: StoredIndex, kind: Kind, path: str) -> dict[str, 
     return about
 
 
-def _place(kind: Kind, said: Mapping[str, Any]) -> Place:
-    part = CONSTANTS if said["constant"] else STORED_AS[kind]
+def _place(kind: str, said: Mapping[str, Any]) -> Place:
+    part = CONSTANTS if said["constant"] else "parameters" if kind == RAW else kind
     return Place(f"{part}/{said['name']}", tuple(said["shape"]), said["block"], said["begin"])

@@ -48,7 +48,7 @@ def linear_probe_task(recipe: LinearProbeRecipe, runtime: Runtime) -> TrainingTa
         images=images,
         num_steps=total_steps(recipe.train, steps_per_epoch),
         module=module,
-        state=initial_state(module),
+        state=initial_state(module, recipe.train),
         frozen={"buffers": buffers_of(module), "encoder": tensors_of(encoder)},
         phases=(plain_phase(module, loss, recipe, steps_per_epoch, runtime),),
         export=dict,

@@ -9,7 +9,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rae_xla.config import Config
@@ -22,7 +22,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up from zero, constant, then decay to ``final_learning_rate``.
 
-    Lengths are in epochs of the training split. ``clip_norm: null`` does not clip. ``ema_warmup``: see `decay_at`.
+    Lengths are in epochs of the training split. ``clip_norm: null`` does not clip. ``ema_warmup``: see
+    `decay_at`. ``more_ema_decays``: further averages, kept in checkpoints beside that of ``ema_decay``.
     """
 
     num_epochs: float = Field(gt=0)
@@ -34,8 +35,16 @@ class OptimizerConfig(Config):
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
-    ema_decay: float = Field(ge=0, lt=1)
+    ema_decay: Beta
+    more_ema_decays: tuple[Beta, ...] = Field(default=(), strict=False)
     ema_warmup: bool = False
+
+    @model_validator(mode="after")
+    def _decays(self) -> OptimizerConfig:
+        decays = [self.ema_decay, *self.more_ema_decays]
+        if len(set(decays)) < len(decays):
+            raise ValueError(f"more_ema_decays: each once, and not ema_decay again; got {decays}")
+        return self
 
 
 def learning_rate_at(step: Tensor, config: OptimizerConfig, steps_per_epoch: float) -> Tensor:

@@ -17,7 +17,7 @@ from rae_xla.models.functional import Tensors, call, parameters_of
 from rae_xla.recipe import TrainingRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.blocks import ComputeConfig, make_run_blocks
-from rae_xla.training.ema import decay_at, update_ema
+from rae_xla.training.ema import averages, decay_at, update_ema
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 
 
@@ -52,12 +52,12 @@ SKIPPED = {
 }
 
 
-def initial_state(module: nn.Module) -> dict[str, Any]:
-    """Parameters, EMA, AdamW moments, the step counter and what `SKIPPED` names, on the host."""
+def initial_state(module: nn.Module, config: OptimizerConfig) -> dict[str, Any]:
+    """Parameters, their averages, AdamW moments, the step counter and what `SKIPPED` names, on the host."""
     state = optimizer_state(module)
     return {
         **state,
-        "ema": {name: value.clone() for name, value in state["parameters"].items()},
+        **{part: {name: value.clone() for name, value in state["parameters"].items()} for part in averages(config)},
         "step": torch.zeros((), dtype=torch.int32),
         "skipped": torch.zeros((), dtype=torch.int32),
         "skipped_in_row": torch.zeros((), dtype=torch.int32),
@@ -160,7 +160,8 @@ def updated_model(
     # The learning rate follows the run, bias correction and EMA the updates that were made.
     done = state["step"] - state["skipped"]
     updated, norm = optimized(state, gradients, done, rate, config)
-    updated["ema"] = update_ema(state["ema"], updated["parameters"], decay_at(done, config))
+    for part, decay in averages(config).items():
+        updated[part] = update_ema(state[part], updated["parameters"], decay_at(done, decay, config))
     return updated, {"gradient_norm": norm, "learning_rate": rate}
 
 
