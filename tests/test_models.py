@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from rae_xla.data.sources import num_classes_of
+from rae_xla.data.sources import SOURCES
 from rae_xla.errors import UserError
 from rae_xla.models.autoencoder import AutoencoderConfig, LatentDecoder
 from rae_xla.models.classifier import LinearProbe, create_classifier
@@ -52,10 +52,18 @@ RECIPES = {
     "released/imagenet256_autoguidance": 838.7,
     "released/imagenet512": 839.6,
     "released/imagenet512_autoguidance": 839.6,
+    **{f"diffusion/dit_dh_{size}": count for size, count in {"s": 196.5, "b": 294.3, "l": 621.7, "xl": 838.7}.items()},
+    **{f"diffusion/dit_{size}": count for size, count in {"s": 33.65, "b": 131.9, "l": 459.9, "xl": 677.2}.items()},
+    **{f"diffusion/dit_dh_xl_{kind}": 838.7 for kind in ("800", "unconditional", "512_upsampled")},
+    "diffusion/dit_dh_xl_512": 839.6,
+    "diffusion/dit_xl_dinov2_s": 676.4,
+    "diffusion/guide_256": 196.5,
+    "diffusion/guide_512": 196.7,
     "synthetic/dit_dh_xl": 838.7,
     "synthetic/decoder": 415.4,
 }
 BASES = {"quickstart/latents", "quickstart/autoencoder", "decoders/imagenet256"}
+BASES |= {f"diffusion/{name}" for name in ("imagenet256", "dit", "dit_dh")}
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +88,18 @@ def test_multiply_adds_are_those_of_the_paper(costs: dict[str, ModelCost]) -> No
         assert cost.gflops > cost.gflops_as_paper
 
 
+def num_classes_of(recipe: Any) -> int:
+    """ImageNet's if the recipe names a manifest, which is not here."""
+    return SOURCES[recipe.data.source].num_classes if recipe.data.source in SOURCES else 1000
+
+
 def built(recipe: Any) -> torch.nn.Module | None:
     if recipe.task == "classifier":
         return create_classifier(recipe.model, image_size=recipe.data.image_size, num_classes=10)
     if recipe.task == "linear_probe":
-        num_classes = num_classes_of(recipe.data, recipe.root) if recipe.heldout_source is None else 1000
-        return LinearProbe(recipe.autoencoder.encoder.latent_shape[0], num_classes)
+        return LinearProbe(recipe.autoencoder.encoder.latent_shape[0], num_classes_of(recipe))
     if recipe.task in ("diffusion", "sampling"):
-        num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe.data, recipe.root)
+        num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe)
         return create_diffusion_model(recipe.model, recipe.autoencoder.encoder.latent_shape, num_classes)
     return None if recipe.task == "latent_stats" else LatentDecoder(recipe.autoencoder).decoder
 

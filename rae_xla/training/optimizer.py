@@ -22,7 +22,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up from zero, constant, then decay to ``final_learning_rate``.
 
-    Lengths are in epochs of the training split. ``clip_norm: null`` does not clip. ``ema_warmup``: see
+    Lengths are in epochs of the training split. ``decay_end_epoch: null`` is the end of the run; a run may end before.
+    ``clip_norm: null`` does not clip. ``ema_warmup``: see
     `decay_at`. ``more_ema_decays``: further averages, kept in checkpoints beside that of ``ema_decay``.
     """
 
@@ -32,6 +33,7 @@ class OptimizerConfig(Config):
     final_learning_rate: float = Field(default=0.0, ge=0)
     warmup_epochs: float = Field(default=0.0, ge=0)
     decay_start_epoch: float = Field(default=0.0, ge=0)
+    decay_end_epoch: float | None = Field(default=None, gt=0)
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(default=1.0, gt=0)
@@ -49,11 +51,13 @@ class OptimizerConfig(Config):
 
 def learning_rate_at(step: Tensor, config: OptimizerConfig, steps_per_epoch: float) -> Tensor:
     """Float32 scalar for a zero-based int32 ``step`` on the device."""
-    num_steps = total_steps(config, steps_per_epoch)
+    end = total_steps(config, steps_per_epoch)
+    if config.decay_end_epoch is not None:
+        end = config.decay_end_epoch * steps_per_epoch
     warmup_steps = config.warmup_epochs * steps_per_epoch
     start = max(config.decay_start_epoch * steps_per_epoch, warmup_steps)
     position = step.float()
-    progress = ((position - start) / max(num_steps - start, 1.0)).clamp(0.0, 1.0)
+    progress = ((position - start) / max(end - start, 1.0)).clamp(0.0, 1.0)
     if config.schedule == "cosine":
         remaining = 0.5 + 0.5 * (math.pi * progress).cos()
     elif config.schedule == "linear":
