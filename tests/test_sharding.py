@@ -139,6 +139,11 @@ def test_a_resumed_run_on_a_mesh_is_the_uninterrupted_one(on_eight: tuple[Path, 
     assert found["num_devices"] == 8 and found["resumed_is_whole"] and found["diffusion_resumes"]
 
 
+def test_golden_samples_of_eight_devices_are_those_of_the_released_code(on_eight: tuple[Path, dict]) -> None:
+    differences = on_eight[1]["golden"]
+    assert len(differences) == 4 and max(differences.values()) < 1e-4, differences
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_a_checkpoint_of_eight_devices_is_read_on_fewer(num_devices: int, on_eight: tuple[Path, dict]) -> None:
     directory, found = on_eight

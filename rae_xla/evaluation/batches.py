@@ -108,6 +108,17 @@ def run_batches(
             yield finished(*started.popleft())
 
 
+def own_indices(num_rows: int, batch_size: int, runtime: Runtime) -> Iterator[np.ndarray]:
+    """This host's row numbers of each batch; where they go beyond ``num_rows`` there is no row, so that all have alike.
+
+    ``batch_size``: of all hosts, a multiple of the devices.
+    """
+    of_host = batch_size // runtime.num_processes
+    own = np.arange(of_host) + runtime.process_index * of_host
+    for begin in range(0, num_rows, batch_size):
+        yield begin + own
+
+
 def own_rows(outputs: dict[str, Tensor], runtime: Runtime) -> Columns:
     """On the host: all of it if there is one host, else this host's rows of what is split like a batch, in order."""
     if runtime.num_processes == 1:

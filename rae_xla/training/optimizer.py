@@ -51,7 +51,7 @@ class OptimizerConfig(Config):
 
 def learning_rate_at(step: Tensor, config: OptimizerConfig, steps_per_epoch: float) -> Tensor:
     """Float32 scalar for a zero-based int32 ``step`` on the device."""
-    end = total_steps(config, steps_per_epoch)
+    end = float(total_steps(config, steps_per_epoch))
     if config.decay_end_epoch is not None:
         end = config.decay_end_epoch * steps_per_epoch
     warmup_steps = config.warmup_epochs * steps_per_epoch

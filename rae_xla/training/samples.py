@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rae_xla.data.sources import open_in_memory
-from rae_xla.evaluation.batches import batch_size_for, map_batches, own_rows
+from rae_xla.evaluation.batches import Columns, batch_size_for, own_indices, own_rows, run_batches
 from rae_xla.evaluation.distances import frechet_distance
 from rae_xla.evaluation.features import JudgeFeatures
 from rae_xla.evaluation.files import contact_sheet
@@ -46,7 +46,7 @@ class SampleLook:
         self._recipe, self._runtime, self._num_steps = recipe, runtime, num_steps
         self._hosts = Hosts(runtime)
         self._sampler = Sampler(recipe, runtime, module)
-        self._judge = None if recipe.scoring is None else _Judge(recipe, recipe.scoring, runtime)
+        self._judge = None if recipe.scoring is None else _Judge(recipe, recipe.scoring, runtime, self._hosts)
         self._looks = {
             name: (max(1, round(config.every_epochs * steps_per_epoch)), config.num_images)
             for name, config in (("preview", recipe.preview), ("scoring", recipe.scoring))
@@ -78,15 +78,17 @@ class SampleLook:
                 return None
             _, made = self._program({}, given, batch)
             for name, number in (("images", num_shown), ("features", num_scored), ("predicted", num_scored)):
-                if len(indices) and indices[0] < number:
+                if indices[0] < number:
                     own = own_rows({name: made[name]}, self._runtime)[name]
-                    rows[name] += [(i, row) for i, row in zip(indices.tolist(), own, strict=False) if i < number]
+                    rows[name] += _up_to(number, indices, own)
         values: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
         if num_shown:
-            pictures["samples"] = contact_sheet(self._gathered(rows["images"]), min(COLUMNS_OF_A_PREVIEW, num_shown))
+            pictures["samples"] = contact_sheet(
+                _gathered(self._hosts, rows["images"]), min(COLUMNS_OF_A_PREVIEW, num_shown)
+            )
         if num_scored and self._judge is not None:
-            seen = {name: self._gathered(rows[name]) for name in ("features", "predicted")}
+            seen = {name: _gathered(self._hosts, rows[name]) for name in ("features", "predicted")}
             values = self._judge.scores(seen, self._labels[:num_scored])
         return Seen(values, pictures)
 
@@ -94,19 +96,12 @@ class SampleLook:
         every_steps, num_images = self._looks.get(name, (1, 0))
         return num_images if step % every_steps == 0 or step == self._num_steps else 0
 
-    def _gathered(self, rows: Rows) -> np.ndarray:
-        everywhere = chain.from_iterable(self._hosts.all_told(rows))
-        return np.stack([row for _, row in sorted(everywhere, key=lambda found: found[0])])
-
     def _batches(self, num_images: int) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
         """This host's indices of each batch, and the batch on the devices, filled up with the last index."""
-        of_host = self._batch_size // self._runtime.num_processes
-        own = np.arange(of_host) + self._runtime.process_index * of_host
-        for begin in range(0, num_images, self._batch_size):
-            indices = begin + own
+        for indices in own_indices(num_images, self._batch_size, self._runtime):
             columns = sample_columns(indices.clip(max=num_images - 1), self._labels, None)
             batch = {name: torch.from_numpy(values) for name, values in columns.items()}
-            yield indices[indices < num_images], self._runtime.place_batch(batch)
+            yield indices, self._runtime.place_batch(batch)
 
     def _given(self, state: Any, frozen: Any) -> Any:
         return {**self._constants, "model": {**frozen["buffers"], **state["ema"]}}
@@ -118,10 +113,20 @@ class SampleLook:
             return state, {"images": images, **seen}
 
 
+def _up_to(number: int, indices: np.ndarray, rows: np.ndarray) -> Rows:
+    return [(index, row) for index, row in zip(indices.tolist(), rows, strict=True) if index < number]
+
+
+def _gathered(hosts: Hosts, rows: Rows) -> np.ndarray:
+    everywhere = chain.from_iterable(hosts.all_told(rows))
+    return np.stack([row for _, row in sorted(everywhere, key=lambda found: found[0])])
+
+
 class _Judge:
     """What samples are scored by: a classifier, and what it sees of held-out images."""
 
-    def __init__(self, recipe: DiffusionRecipe, config: ScoringConfig, runtime: Runtime) -> None:
+    def __init__(self, recipe: DiffusionRecipe, config: ScoringConfig, runtime: Runtime, hosts: Hosts) -> None:
+        self._hosts = hosts
         self._heldout = open_in_memory(recipe.data, "heldout")
         self._runtime, self._batch_size = runtime, recipe.sampler.batch_size
         path = None if config.judge.weights is None else recipe.path(config.judge.weights)
@@ -135,9 +140,16 @@ class _Judge:
         def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"features": self.features(frozen, batch["images"], self._runtime)["features"]}
 
-        images, name = {"images": self._heldout.images}, "held-out images"
-        parts = map_batches(view, tensors, images, self._batch_size, self._runtime, name)
-        self._real = np.concatenate([part["features"] for part in parts])
+        images = self._heldout.images
+        batches = list(own_indices(len(images), batch_size_for(self._batch_size, self._runtime), self._runtime))
+
+        def rows(size: int) -> Iterator[Columns]:
+            for indices in batches:
+                yield {"images": images[indices.clip(max=len(images) - 1)]}
+
+        seen = run_batches(view, tensors, rows, len(images), self._batch_size, self._runtime, "held-out images")
+        found = [_up_to(len(images), own, part["features"]) for own, (_, part) in zip(batches, seen, strict=True)]
+        self._real = _gathered(self._hosts, list(chain.from_iterable(found)))
         return tensors
 
     def scores(self, seen: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
