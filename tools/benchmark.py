@@ -8,6 +8,7 @@ step-overhead  host time of a training step of a DiT^DH, traced lazily every tim
 input          images a second from shards to batches of 256 px, beside torchvision's ImageFolder; --workers
 decoder        a small decoder on photographs with all losses, every phase of the paper's within 208 steps: its curves,
                and what noise in training gains and costs; CPU_NUM_DEVICES=8 for eight virtual devices
+diffusion      shift, width, averaging and guidance of a small DiT^DH on digits: curves of loss and scores; half an hour
 sampler        host time of sampling with a DiT^DH: one lazy graph for each step, as released, and one program for all;
                --depth-only, --images for how many at a time
 checkpoint-stall  how long a save of a model's training state keeps the loop, beside a synchronous one; --model dit_dh_b
@@ -123,6 +124,27 @@ def decoder(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**result, "trade_off": trade_off, "picture": picture}
 
 
+def diffusion(arguments: argparse.Namespace) -> dict[str, Any]:
+    """``rows`` of ``name last_loss scored``; scores ``averaged not_averaged guided``."""
+    from rae_xla.benchmarks.diffusion import diffusion_choices, draw
+
+    root = arguments.root or "runs/diffusion"
+    result = diffusion_choices(root)
+    picture = f"{root}/diffusion.png"
+    draw(result, picture)
+    print(f"{'':26}   loss  recognised  Frechet distance (judge)")
+    for row in result["rows"]:
+        _print_scores(f"{row['name']:26} {row['last_loss']:6.4f}", row["scored"][-1])
+    for name in ("averaged", "not_averaged", "guided"):
+        _print_scores(f"{name.replace('_', ' '):33}", result[name])
+    print(f"drawn in {picture}")
+    return {**result, "picture": picture}
+
+
+def _print_scores(title: str, scores: dict[str, Any]) -> None:
+    print(f"{title} {100 * scores['recognised_share']:10.1f}% {scores['judge_frechet_distance']:8.2f}")
+
+
 def sampler(arguments: argparse.Namespace) -> dict[str, Any]:
     """``released_host_ms_per_image host_ms_per_image ratio compilations``."""
     from rae_xla.benchmarks.sampler import sampler_overhead
@@ -170,6 +192,7 @@ if __name__ == "__main__":
         "step-overhead": step_overhead,
         "input": input_speed,
         "decoder": decoder,
+        "diffusion": diffusion,
         "sampler": sampler,
         "checkpoint-stall": checkpoint_stall,
     }
@@ -188,6 +211,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--root",
         metavar="DIR",
-        help="for width, of a quickstart (default: runs/quickstart); for decoder (default: runs/photographs)",
+        help="for width, of a quickstart (default: runs/quickstart); for decoder (default: runs/photographs) and diffusion",
     )
     cli.run(lambda arguments: measurements[arguments.what](arguments), parser)

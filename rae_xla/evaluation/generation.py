@@ -76,13 +76,19 @@ def read_labels(listed: str | None, file: str | None) -> np.ndarray | None:
 class Sampler:
     """A diffusion model, its guide and the decoder as one program: (sample index, label) -> image.
 
-    ``model``: one whose values the caller has, in place of the recipe's file.
+    ``model``: one whose values the caller has, in place of the recipe's file. ``weights``: another file than that.
 
     Raises:
         UserError: weights are missing or do not fit.
     """
 
-    def __init__(self, recipe: SampledRecipe, runtime: Runtime, model: DiffusionModel | None = None) -> None:
+    def __init__(
+        self,
+        recipe: SampledRecipe,
+        runtime: Runtime,
+        model: DiffusionModel | None = None,
+        weights: str | None = None,
+    ) -> None:
         self._recipe = recipe
         self._runtime = runtime
         self.latent_shape = recipe.autoencoder.encoder.latent_shape
@@ -95,7 +101,7 @@ class Sampler:
         if isinstance(recipe.guidance, AutoGuidance):
             guide = recipe.guidance.model
             self._guide = self._load(guide, guide.weights, "guidance.model.weights")
-        self._weights, key = _model_weights(recipe)
+        self._weights, key = _model_weights(recipe) if weights is None else (weights, "weights")
         self._model = self._load(recipe.model, self._weights, key) if model is None else model
 
     def constants(self) -> dict[str, Any]:
