@@ -211,6 +211,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--root",
         metavar="DIR",
-        help="for width, of a quickstart (default: runs/quickstart); for decoder (default: runs/photographs) and diffusion",
+        help="for width, of a quickstart (default: runs/quickstart); for decoder (runs/photographs), diffusion "
+        "(runs/diffusion)",
     )
     cli.run(lambda arguments: measurements[arguments.what](arguments), parser)

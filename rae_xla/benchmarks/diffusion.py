@@ -1,7 +1,7 @@
 """What the paper's choices do for a small DiT^DH on digits (arXiv 2510.11690, tables 3 and 4): shift, width, average.
 
-The latents have more values than the 4,096 at which there is no shift, 8x8 tokens of 128 channels, so that it is above 1
-as it is at full size. Scores are the judge's: recognised digits, and the Fréchet distance in its features.
+The latents, 8x8 tokens of 128 channels, have more values than the 4,096 at which there is no shift, so that it is above
+1 as it is at full size. Scores are the judge's: recognised digits, and the Fréchet distance in its features.
 """
 
 from __future__ import annotations
