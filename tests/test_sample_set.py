@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import run_python, run_tool
 from test_sampling import root as root
@@ -95,7 +97,8 @@ def test_a_killed_job_goes_on_where_it_was(root: Path, tmp_path: Path, monkeypat
     [
         (["--seed", "4"], "seed"),
         (["--num-images", "21"], "labels_sha256"),
-        (["guidance.scale=2.0"], "guidance"),
+        (["guidance.scale=2.0"], "guidance.scale"),
+        (["model.weights=model2.pt"], "files.model.sha256"),
         (["sampler.num_grid_points=9"], "evaluations"),
         (["sampler.labels=random"], "label_mode"),
         (["precision=bf16"], "precision"),
@@ -106,14 +109,18 @@ def test_a_folder_has_samples_of_one_kind(
     changed: list[str], key: str, root: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path_factory.getbasetemp() / "of_one_kind"
+    model = torch.load(root / "model.pt", weights_only=True)
+    torch.save({name: value + (name == "x_embedder.proj.bias") for name, value in model.items()}, root / "model2.pt")
+    shutil.copy(root / "model.pt", root / "moved.pt")
     arguments = [str(root / "recipe.yaml"), "--out", str(out)]
     if not out.exists():
         assert run_tool("sample", *arguments, "--num-images", "20")[0] == 0
     number = [] if "--num-images" in changed else ["--num-images", "20"]
     code, _, errors = run_tool("sample", *arguments, *number, *changed)
     assert code == 2 and re.search(f"--out: .* holds samples made with another {key} .*give another folder", errors)
-    # A setting that changes no image may change.
-    assert run_tool("sample", *arguments, "--num-images", "20", "sampler.batch_size=3")[0] == 0
+    # What changes no image may change.
+    for same in ("sampler.batch_size=3", "model.weights=moved.pt"):
+        assert run_tool("sample", *arguments, "--num-images", "20", same)[0] == 0
 
 
 def test_sample_files_are_as_adm_s_evaluator_reads_them(root: Path, tmp_path: Path) -> None:

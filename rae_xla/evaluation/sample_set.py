@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from rae_xla import __version__, storage
+from rae_xla.config import flattened
 from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation.batches import Columns, batch_size_for
 from rae_xla.evaluation.files import contact_sheet, read_array, write_array, write_png, write_samples
@@ -105,7 +106,7 @@ def write_sample_set(
         for rows, made in _sampled(sampler, runtime, recipe, begun.missing, chosen, noise, seed, wanted):
             writer.add(rows, made)
     hosts.all_told(None)
-    seconds = time.perf_counter() - started
+    seconds = round(time.perf_counter() - started, 2)
     about = {"made_now": len(begun.missing), "rae_xla": __version__, "runtime": runtime.describe()}
     return hosts.told_by_first(lambda: _put_together(directory, chosen, save_latents, {**about, "seconds": seconds}))
 
@@ -114,11 +115,13 @@ def _begun(recipe: SampledRecipe, directory: str, plan: dict[str, Any]) -> _Begu
     path, finished = storage.join(directory, PLAN_FILE), storage.join(directory, MANIFEST_FILE)
     if storage.exists(path):
         before = storage.read_json(path)
-        for key in sorted({*plan, *before}):
-            if plan.get(key) != before.get(key):
+        then, now = (dict(flattened(content)) for content in (before, plan))
+        for key in sorted({*now, *then}):
+            # Files may have moved.
+            if now.get(key) != then.get(key) and not key.endswith(".path"):
                 raise UserError(
-                    f"--out: {directory} holds samples made with another {key} ({_shown(before.get(key))}, now "
-                    f"{_shown(plan.get(key))}); give another folder, or remove it"
+                    f"--out: {directory} holds samples made with another {key} ({_shown(then.get(key))}, now "
+                    f"{_shown(now.get(key))}); give another folder, or remove it"
                 )
         if storage.exists(finished):
             return _Begun(np.empty(0, np.int64), dict(storage.read_json(finished)))
