@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rae_xla.benchmarks import sampler
 from rae_xla.flow.guidance import AutoGuidance, ClassifierFreeGuidance, NoGuidance, Velocity
 from rae_xla.flow.sampler import SamplerConfig, Solver
 from rae_xla.flow.schedule import sampling_times
@@ -154,3 +155,12 @@ def test_xla_solves_as_eager_does(method: str) -> None:
             runtime, lambda given, b, runtime=runtime: sample(given, {**b, "runtime": runtime}), frozen, batch
         )
     assert golden_cases.difference(found["xla"], found["eager"]) < 1e-4
+
+
+def test_a_batch_is_one_program_compiled_once_that_fetches_nothing_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "REPEATS", 1)
+    found = sampler.sampler_overhead("dit_dh_s", depth_only=True, num_images=2)
+    assert found["compilations"] == 1
+    # The samples themselves.
+    assert found["transfers_to_host_per_call"] == 1
+    assert found["largest_difference"] < 1e-4
