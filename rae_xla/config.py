@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from rae_xla.errors import UserError
 
-# Mappings whose keys are for each of their methods.
-SHARED_KEYS = ("sampler",)
+# Mappings of which all methods have the same keys.
+ONE_KIND = ("sampler",)
 
 
 class Config(BaseModel):
@@ -80,14 +80,13 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``above`` laid over ``below``: mappings merge key by key, anything else replaces.
 
     A mapping that chooses another ``name`` or ``method`` replaces too: what was said of the old choice is not about it.
-    Not so in those of `SHARED_KEYS`.
+    Not so in those of `ONE_KIND`.
     """
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        merges = isinstance(value, dict) and isinstance(old, dict)
-        if isinstance(value, dict) and isinstance(old, dict) and key not in SHARED_KEYS:
-            merges = not _chooses_another(old, value)
+        mappings = isinstance(value, dict) and isinstance(old, dict)
+        merges = mappings and (key in ONE_KIND or not _chooses_another(merged[key], value))
         merged[key] = merge(merged[key], value) if merges else value
     return merged
 

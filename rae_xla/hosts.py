@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from rae_xla.errors import StoppedError, UserError
+from rae_xla.errors import StoppedError, UserError, first_line
 from rae_xla.runtime import Runtime
 
 T = TypeVar("T")
+
+# The first host may have gigabytes to move while the others wait for its word.
+LONGEST_WAIT = timedelta(hours=6)
 
 
 class Hosts:
@@ -19,13 +23,13 @@ class Hosts:
     def __init__(self, runtime: Runtime) -> None:
         self._is_first = runtime.process_index == 0
         self._number = runtime.num_processes
-        self._group = dist.new_group(backend="gloo") if self._number > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self._number > 1 else None
 
-    def told_by_first(self, find: Callable[[], T]) -> T:
+    def from_first(self, find: Callable[[], T]) -> T:
         """What the first host finds, on all of them.
 
         Raises:
-            UserError, StoppedError: the first host did, on all of them.
+            UserError, StoppedError: the first host could not, on all of them.
         """
         if self._group is None:
             return find()
@@ -35,14 +39,17 @@ class Hosts:
                 said[0] = find()
             except (UserError, StoppedError) as error:
                 said[1] = error
+            # Or the others would wait for ever.
+            except Exception as error:
+                said[1] = StoppedError(f"the first host failed ({type(error).__name__}: {first_line(error)})")
         dist.broadcast_object_list(said, src=0, group=self._group)
         if said[1] is not None:
             raise said[1]
         found: T = said[0]
         return found
 
-    def all_told(self, value: T) -> list[T]:
-        """What each host says, in their order, when all have said it."""
+    def of_all(self, value: T) -> list[T]:
+        """What each host has, in their order, on all of them."""
         if self._group is None:
             return [value]
         said: list[Any] = [None] * self._number

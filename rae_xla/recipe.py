@@ -177,6 +177,8 @@ class DiffusionRecipe(TrainingRecipe):
         _check_guidance(self.guidance, self.sampler)
         if self.guidance.method == "classifier_free" and not self.flow.label_dropout:
             raise ValueError("guidance.method: classifier_free needs a model trained with flow.label_dropout above 0")
+        if self.scoring is not None and self.data.source not in SOURCES:
+            raise ValueError(f"scoring: needs held-out images of a set in memory ({', '.join(SOURCES)}); leave it out")
         if self.flow.label_dropout == 1 and self.sampler.labels != "unconditional":
             raise ValueError("sampler.labels: must be unconditional where flow.label_dropout is 1, no label is learnt")
         return self

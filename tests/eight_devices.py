@@ -9,6 +9,7 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import golden_cases
 import mesh_cases
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from rae_xla.data.prefetch import Prefetched
 from rae_xla.data.sources import DataConfig, ShardedImages, StreamConfig, open_source
 from rae_xla.data.stream import StreamedBatches
+from rae_xla.evaluation.batches import own_rows
 from rae_xla.models.functional import buffers_of
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime, create
@@ -98,6 +100,20 @@ def streamed_batch_lies_in_parts(runtime: Runtime, directory: Path) -> bool:
     return True
 
 
+def rows_are_in_order(runtime: Runtime) -> bool:
+    """Whether a host's rows, out of the devices' parts as on several hosts, are those of the whole."""
+
+    def double(state, frozen, batch):
+        return state, {"rows": runtime.split_batch(batch["rows"] * 2), "whole": batch["rows"].sum()}
+
+    batch = runtime.place_batch({"rows": torch.arange(32.0).reshape(16, 2)})
+    _, outputs = runtime.compile(double, "double")({}, {}, batch)
+    # As if there were another one, which has no part in this.
+    several = SimpleNamespace(num_processes=2, parts_of=runtime.parts_of)
+    rows = own_rows({"rows": outputs["rows"]}, several)["rows"]
+    return bool((rows == runtime.to_host(outputs)["rows"].numpy()).all())
+
+
 def golden_differences(runtime: Runtime) -> dict[str, float]:
     """How far the golden sampling cases are from the released code, of the largest value."""
     cases, models = golden_cases.golden_cases(), golden_cases.golden_models()
@@ -135,6 +151,7 @@ if __name__ == "__main__":
         "diffusion_resumes": diffusion_resumes(runtime, str(directory / "diffusion")),
         "restores": checkpoint_on_all_meshes(create("xla", MeshConfig(fsdp=8), "fp32"), directory / "mesh_of_8"),
         "streamed_in_parts": streamed_batch_lies_in_parts(runtime, directory / "shards"),
+        "rows_in_order": rows_are_in_order(runtime),
         "golden": golden_differences(runtime),
         "complaint": complaint_about_sharding(runtime),
     }

@@ -13,8 +13,12 @@ import pytest
 import torch
 import yaml
 from conftest import run_python, run_tool
+from faulty_bucket import BUCKET, FaultyProxy
+from safetensors.torch import load_file, save_file
 from test_sampling import root as root
 
+from rae_xla import storage
+from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation import sample_set
 from rae_xla.evaluation.files import read_samples
 from rae_xla.evaluation.generation import Sampler, labels_of
@@ -96,12 +100,13 @@ def test_a_killed_job_goes_on_where_it_was(root: Path, tmp_path: Path, monkeypat
     ("changed", "key"),
     [
         (["--seed", "4"], "seed"),
-        (["--num-images", "21"], "labels_sha256"),
+        (["--num-images", "21"], "num_images"),
         (["guidance.scale=2.0"], "guidance.scale"),
         (["model.weights=model2.pt"], "files.model.sha256"),
-        (["sampler.num_grid_points=9"], "evaluations"),
+        (["sampler.num_grid_points=9"], "sampler.num_grid_points"),
+        (["autoencoder.encoder.timm_model=deit_tiny_patch16_224"], "encoder.timm_model"),
         (["sampler.labels=random"], "label_mode"),
-        (["precision=bf16"], "precision"),
+        (["precision=bf16"], "precision.precision"),
         (["--save-latents", "latents.npy"], "latents"),
     ],
 )
@@ -111,7 +116,8 @@ def test_a_folder_has_samples_of_one_kind(
     out = tmp_path_factory.getbasetemp() / "of_one_kind"
     model = torch.load(root / "model.pt", weights_only=True)
     torch.save({name: value + (name == "x_embedder.proj.bias") for name, value in model.items()}, root / "model2.pt")
-    shutil.copy(root / "model.pt", root / "moved.pt")
+    for name, moved in (("model", "moved"), ("guide", "moved_guide")):
+        shutil.copy(root / f"{name}.pt", root / f"{moved}.pt")
     arguments = [str(root / "recipe.yaml"), "--out", str(out)]
     if not out.exists():
         assert run_tool("sample", *arguments, "--num-images", "20")[0] == 0
@@ -119,7 +125,7 @@ def test_a_folder_has_samples_of_one_kind(
     code, _, errors = run_tool("sample", *arguments, *number, *changed)
     assert code == 2 and re.search(f"--out: .* holds samples made with another {key} .*give another folder", errors)
     # What changes no image may change.
-    for same in ("sampler.batch_size=3", "model.weights=moved.pt"):
+    for same in ("sampler.batch_size=3", "model.weights=moved.pt", "guidance.model.weights=moved_guide.pt"):
         assert run_tool("sample", *arguments, "--num-images", "20", same)[0] == 0
 
 
@@ -138,7 +144,66 @@ def test_sample_files_are_as_adm_s_evaluator_reads_them(root: Path, tmp_path: Pa
     assert np.load(tmp_path / "z.npy").shape == (12, 24, 4, 4)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["label_mode"] == "balanced" and manifest["evaluations"] == 7 and len(manifest["times"]) == 8
-    assert manifest["files"]["guide"]["sha256"] and manifest["precision"] == "fp32"
+    assert manifest["files"]["guide"]["sha256"] and manifest["precision"]["precision"] == "fp32"
+
+
+def test_what_other_jobs_left_is_looked_at_closely(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(str(root / "recipe.yaml"), [])
+    runtime = create("eager", MeshConfig(), "fp32")
+
+    def write(name: str, **options: str) -> dict:
+        return write_sample_set(recipe, runtime, str(tmp_path / name), seed=3, num_images=20, **options)
+
+    monkeypatch.setattr(sample_set, "IMAGES_PER_PART", 8)
+    monkeypatch.setattr(storage, "remove", lambda _: None)
+    write("whole")
+    parts = tmp_path / "whole" / "parts"
+    monkeypatch.undo()
+    # Killed before its parts were removed, the next job does it.
+    write("whole")
+    assert not parts.exists()
+    # A host of a killed job that went on has made samples 2 to 10 once more.
+    monkeypatch.setattr(sample_set, "IMAGES_PER_PART", 8)
+    monkeypatch.setattr(storage, "remove", lambda _: None)
+    write("again")
+    monkeypatch.undo()
+    parts, rows = tmp_path / "again" / "parts", {}
+    for name in ("00000000-00000008", "00000008-00000016"):
+        rows |= dict(zip(range(int(name[:8]), 99), load_file(parts / f"{name}.safetensors")["images"], strict=False))
+    save_file({"images": torch.stack([rows[i] for i in range(2, 10)])}, parts / "00000002-00000010.safetensors")
+    (tmp_path / "again" / "manifest.json").unlink()
+    (tmp_path / "again" / "samples.npz").unlink()
+    assert write("again")["made_now"] == 0
+    assert (tmp_path / "again" / "samples.npz").read_bytes() == (tmp_path / "whole" / "samples.npz").read_bytes()
+    # A file that does not hold what its name says is told.
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    (tmp_path / "damaged" / "manifest.json").unlink()
+    (tmp_path / "damaged" / "parts").mkdir()
+    save_file(
+        {"images": torch.stack([rows[i] for i in range(15)])}, tmp_path / "damaged/parts/00000000-00000016.safetensors"
+    )
+    with pytest.raises(StoppedError, match=r"00000000-00000016.safetensors is damaged; remove it"):
+        write("damaged")
+    # Nobody knows what these are.
+    (tmp_path / "whole" / "plan.json").unlink()
+    with pytest.raises(UserError, match=r"--out: .*whole holds samples and no plan.json"):
+        write("whole")
+    write("latents", save_latents=str(tmp_path / "z.npy"))
+    (tmp_path / "z.npy").unlink()
+    with pytest.raises(UserError, match=r"--save-latents: .*z.npy is gone"):
+        write("latents", save_latents=str(tmp_path / "z.npy"))
+
+
+def test_samples_go_to_a_bucket_in_pieces(root: Path, tmp_path: Path, bucket: FaultyProxy) -> None:
+    recipe = load_recipe(str(root / "recipe.yaml"), ["sampler.labels=unconditional", "guidance.scale=1.0"])
+    runtime, out = create("eager", MeshConfig(), "fp32"), f"gs://{BUCKET}/samples/some"
+    local = write_sample_set(recipe, runtime, str(tmp_path), seed=3, num_images=30)
+    there = write_sample_set(recipe, runtime, out, seed=3, num_images=30)
+    assert storage.read_bytes(f"{out}/samples.npz") == (tmp_path / "samples.npz").read_bytes()
+    assert storage.list_names(out) == ["contact_sheet.png", "manifest.json", "plan.json", "recipe.yaml", "samples.npz"]
+    assert there["label_mode"] == local["label_mode"] == "unconditional"
+    assert (read_samples(f"{out}/samples.npz")[1] == 5).all()
+    assert write_sample_set(recipe, runtime, out, seed=3, num_images=30) == there
 
 
 def test_labels_are_balanced_random_or_none() -> None:
@@ -164,8 +229,8 @@ def test_labels_are_balanced_random_or_none() -> None:
         (["guidance.model.weights=null"], "guidance.model.weights: required here"),
         (["guidance.model.width=16"], "guidance.model.weights: .*does not fit this model"),
         (["sampler.labels=unconditional", "guidance={method: classifier_free, scale: 1.4}"], "guidance.method: "),
-        (["sampler.method=heun", "sampler.diffusion=1.0"], "diffusion: goes with method euler_maruyama"),
-        (["sampler.method=euler_maruyama"], "diffusion: goes with method euler_maruyama"),
+        (["sampler.method=rk4"], "sampler.method: .*'euler', 'heun' or 'euler_maruyama'"),
+        (["sampler.diffusion=0.0"], "sampler.diffusion: .*greater than 0"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_compiled(

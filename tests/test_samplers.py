@@ -127,9 +127,7 @@ def test_outside_of_its_interval_guidance_costs_nothing(method: str) -> None:
 @pytest.mark.parametrize("method", ["heun", "euler_maruyama"])
 def test_xla_solves_as_eager_does(method: str) -> None:
     cases, models = golden_cases.golden_cases(), golden_cases.golden_models()
-    config = SamplerConfig(
-        method=method, num_grid_points=6, diffusion=0.5 if method == "euler_maruyama" else None, batch_size=1
-    )
+    config = SamplerConfig(method=method, num_grid_points=6, diffusion=0.5, batch_size=1)
     times = sampling_times(6, float(cases["shift"]), end_at_zero=True)
     guidance = golden_cases.guidance_of("cfg", 0.3, 0.8)
     solver = Solver(config, times, guidance, seed=3)

@@ -156,7 +156,7 @@ def test_a_checkpoint_of_eight_devices_is_read_on_fewer(num_devices: int, on_eig
 
 
 def test_each_device_gets_its_part_of_a_streamed_batch(on_eight: tuple[Path, dict]) -> None:
-    assert on_eight[1]["streamed_in_parts"]
+    assert on_eight[1]["streamed_in_parts"] and on_eight[1]["rows_in_order"]
 
 
 def test_another_sharding_is_an_error_that_names_the_input(on_eight: tuple[Path, dict]) -> None:

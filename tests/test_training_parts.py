@@ -71,6 +71,18 @@ def test_schedules(schedule: str, at_half: float) -> None:
     assert at(120) == pytest.approx(1.0 if schedule == "constant" else 0.1)
 
 
+def test_a_rate_may_come_to_its_end_before_or_after_the_run() -> None:
+    """As released: constant for 40 epochs, a tenth at epoch 800, whether the run has 80 of them or 1,400."""
+    for num_epochs in (80, 800, 1400):
+        config = OptimizerConfig(
+            num_epochs=num_epochs, learning_rate=2e-4, schedule="linear", final_learning_rate=2e-5,
+            decay_start_epoch=40, decay_end_epoch=800, ema_decay=0.9,
+        )  # fmt: skip
+        for epoch, expected in ((0, 2e-4), (40, 2e-4), (80, 2e-4 - 1.8e-4 * 40 / 760), (800, 2e-5), (1000, 2e-5)):
+            rate = learning_rate_at(torch.tensor(10 * epoch, dtype=torch.int32), config, 10.0)
+            assert rate.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_every_image_once_an_epoch_and_hosts_share_the_batch() -> None:
     config = DataConfig(source="digits", image_size=8, batch_size=60)
     images = open_in_memory(config, "train")

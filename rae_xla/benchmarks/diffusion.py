@@ -1,7 +1,8 @@
 """What the paper's choices do for a small DiT^DH on digits (arXiv 2510.11690, tables 3 and 4): shift, width, average.
 
 The latents, 8x8 tokens of 128 channels, have more values than the 4,096 at which there is no shift, so that it is above
-1 as it is at full size. Scores are the judge's: recognised digits, and the Fréchet distance in its features.
+1 as it is at full size. Scores are the judge's: recognised digits, and the Fréchet distance in its features. Losses of
+runs with and without the shift are of other times, and cannot be compared with each other.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         steps = [line["step"] for line in row["scored"]]
         losses.plot(*zip(*row["losses"], strict=True), label=row["name"], linewidth=1)
         distances.plot(steps, [line["judge_frechet_distance"] for line in row["scored"]], "o-", label=row["name"])
-    losses.set(xlabel="step", ylabel="flow-matching loss", ylim=(0, None))
+    losses.set(xlabel="step", ylabel="flow-matching loss, at each run's times", ylim=(0, None))
     distances.set(xlabel="step", ylabel="Fréchet distance (judge)", ylim=(0, None))
     distances.legend()
     storage.write_bytes(path, figure_png(figure))

@@ -1,12 +1,12 @@
 """Samples: a label and a noise for each index, and the sampler as one program from there to the image.
 
 Label and noise are functions of (seed, sample index) alone, so batch size and number of devices change an image by
-float32 rounding at most, and every class appears equally often.
+rounding at most.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from rae_xla.data.sources import num_classes_of
 from rae_xla.data.transforms import to_bytes
 from rae_xla.errors import UserError
-from rae_xla.evaluation.batches import Columns, Rows, num_rows_of, run_batches
+from rae_xla.evaluation.batches import Columns, Rows, map_batches, run_batches
 from rae_xla.evaluation.files import read_array
 from rae_xla.flow.guidance import (
     AutoGuidance,
@@ -25,13 +25,14 @@ from rae_xla.flow.guidance import (
     autoguidance,
     classifier_free,
 )
-from rae_xla.flow.sampler import Solver
+from rae_xla.flow.sampler import Solver, intervals_of
 from rae_xla.flow.schedule import sampling_times
 from rae_xla.models.autoencoder import load_latent_decoder
 from rae_xla.models.diffusion import DiffusionModel, load_diffusion_model
 from rae_xla.models.dit import DiTConfig
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.loading import required_path
+from rae_xla.precision import effective_precision
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import DiffusionRecipe, SamplingRecipe
 from rae_xla.runtime import Runtime
@@ -107,7 +108,7 @@ class Sampler:
     def constants(self) -> dict[str, Any]:
         """What `images` is given besides the ``model``, on the host."""
         guide = {} if self._guide is None else {"guide": tensors_of(self._guide)}
-        return {"decoder": tensors_of(self._decoder), **guide, "grid": {"intervals": self._solver(0).intervals}}
+        return {"decoder": tensors_of(self._decoder), **guide, "grid": {"intervals": intervals_of(self._times)}}
 
     def images(self, frozen: Any, batch: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
         """``images`` uint8 [B, H, W, 3] and ``latents`` float32 [B, C, h, w], as the model makes them; to be compiled.
@@ -120,21 +121,19 @@ class Sampler:
             noise = normal(seed, Purpose.INITIAL_NOISE, batch["rows"], self.latent_shape)
         models = {name: frozen[name] for name in ("model", "guide") if name in frozen}
         intervals, scan = frozen["grid"]["intervals"], self._runtime.scan
-        latents = self._solver(seed)(self._velocity, models, noise, batch, intervals, scan)
-        return {"images": to_bytes(self._call(self._decoder, frozen["decoder"], latents)), "latents": latents}
+        solver = Solver(self._recipe.sampler, self._times, self._recipe.guidance, seed)
+        latents = solver(self._velocity, models, noise, batch, intervals, scan)
+        images = to_bytes(self._call(self._decoder, frozen["decoder"], latents))
+        # Each host takes its own rows of them.
+        split = self._runtime.split_batch
+        return {"images": split(images), "latents": split(latents)}
 
     def run(
         self, rows: Rows, num_rows: int, seed: int, batch_size: int, wanted: tuple[str, ...]
     ) -> Iterator[tuple[Columns, Columns]]:
         """Those ``wanted`` of `images` of all rows, see `run_batches`, with the recipe's weights."""
-
-        def program(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            made = self.images(frozen, batch, seed)
-            return {name: made[name] for name in wanted}
-
-        frozen = {"model": tensors_of(self._model), **self.constants()}
-        name = f"sampling ({self._recipe.guidance.method})"
-        return run_batches(program, frozen, rows, num_rows, batch_size, self._runtime, name)
+        program, name = self._program(seed, wanted), self._name
+        return run_batches(program, self._frozen(), rows, num_rows, batch_size, self._runtime, name)
 
     def check(self, labels: np.ndarray, initial_noise: np.ndarray | None) -> None:
         """Raises a `UserError` for a label out of range or noise that is not [N, C, h, w]."""
@@ -156,29 +155,33 @@ class Sampler:
         """
         self.check(labels, initial_noise)
         columns = sample_columns(np.arange(len(labels)), labels, initial_noise)
+        program = self._program(seed, ("images", "latents") if with_latents else ("images",))
         size = min(self._recipe.sampler.batch_size, len(labels))
-        wanted = ("images", "latents") if with_latents else ("images",)
-
-        def rows(size: int) -> Iterator[Columns]:
-            for begin in range(0, len(labels), size):
-                yield {name: values[begin : begin + size] for name, values in columns.items()}
-
-        parts = [
-            {name: values[: num_rows_of(part)] for name, values in found.items()}
-            for part, found in self.run(rows, len(labels), seed, size, wanted)
-        ]
+        parts = list(map_batches(program, self._frozen(), columns, size, self._runtime, self._name))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def settings(self) -> dict[str, Any]:
-        """All of the recipe that decides an image, but for the files."""
+        """All of the recipe that decides an image, but for what is in the weights' files."""
         recipe = self._recipe
+        sizes = {
+            "model": recipe.model.model_dump(mode="json", exclude={"weights"}),
+            "encoder": recipe.autoencoder.encoder.model_dump(mode="json", exclude={"weights"}),
+            "decoder": recipe.autoencoder.decoder.model_dump(mode="json", exclude={"weights"}),
+        }
         return {
-            "sampler": recipe.sampler.model_dump(exclude={"batch_size", "labels"}),
-            "evaluations": recipe.sampler.num_evaluations,
-            "times": [round(float(t), 8) for t in self._times],
+            "sampler": recipe.sampler.model_dump(mode="json", exclude={"batch_size", "labels"}),
             "shift": self.shift,
-            "guidance": recipe.guidance.model_dump(mode="json"),
-            "precision": recipe.precision,
+            "guidance": recipe.guidance.model_dump(mode="json", exclude={"model": {"weights"}}),
+            "precision": effective_precision(recipe.precision, self._runtime.describe()["device"]),
+            "num_classes": self.num_classes,
+            **sizes,
+        }
+
+    def derived(self) -> dict[str, Any]:
+        """What follows from `settings`, for people."""
+        return {
+            "evaluations": self._recipe.sampler.num_evaluations,
+            "times": [round(float(t), 8) for t in self._times],
             "pixels": "clamped to [0, 1], times 255, truncated",
         }
 
@@ -194,8 +197,19 @@ class Sampler:
             }
         )
 
-    def _solver(self, seed: int) -> Solver:
-        return Solver(self._recipe.sampler, self._times, self._recipe.guidance, seed)
+    @property
+    def _name(self) -> str:
+        return f"sampling ({self._recipe.guidance.method})"
+
+    def _frozen(self) -> dict[str, Any]:
+        return {"model": tensors_of(self._model), **self.constants()}
+
+    def _program(self, seed: int, wanted: tuple[str, ...]) -> Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]:
+        def program(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            made = self.images(frozen, batch, seed)
+            return {name: made[name] for name in wanted}
+
+        return program
 
     def _load(self, config: DiTConfig, weights: str | None, key: str) -> DiffusionModel:
         path = required_path(weights, self._recipe.root, key)

@@ -31,11 +31,12 @@ from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
+SAMPLES_FILE = "samples.npz"
 MANIFEST_FILE = "manifest.json"
 # What the samples of a folder are, from the first one on.
 PLAN_FILE = "plan.json"
 PARTS = "parts"
-# What a kill may cost each host, whichever comes first.
+# What is written at a time, whichever comes first. A kill costs each host that, and the batches under way.
 IMAGES_PER_PART = 512
 SECONDS_PER_PART = 60.0
 LARGEST_SHEET = 100
@@ -84,39 +85,57 @@ def write_sample_set(
 
     def begin() -> _Begun:
         read = {**sampler.weights_files(), **({} if initial_noise is None else {"initial_noise": initial_noise})}
+        given = hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest() if mode == "given" else None
         plan = {
             "num_images": len(chosen),
             "label_mode": mode,
-            "labels_sha256": hashlib.sha256(chosen.astype("<i8").tobytes()).hexdigest(),
+            "labels_sha256": given,
             "seed": seed,
             **sampler.settings(),
-            "latents": save_latents is not None,
+            "latents": save_latents,
             "files": {name: {"path": path, "sha256": storage.content_hash(path)} for name, path in read.items()},
         }
         return _begun(recipe, directory, plan)
 
-    begun = hosts.told_by_first(begin)
+    begun = hosts.from_first(begin)
     if begun.manifest is not None:
         logger.info("samples: %s has them already", directory)
         return begun.manifest
-    if not storage.exists(storage.join(directory, PLAN_FILE)):
-        raise UserError(f"--out: host {runtime.process_index} does not see {directory}; give a gs:// folder")
+    seen = hosts.of_all(storage.exists(storage.join(directory, PLAN_FILE)))
+    if not all(seen):
+        raise UserError(
+            f"--out: host {seen.index(False)} does not see {directory}; on several hosts give a gs:// folder"
+        )
+    own = _Share.of(begun.missing, runtime, recipe.sampler.batch_size, len(chosen))
     wanted = ("images", "latents") if save_latents is not None else ("images",)
-    with _PartsWriter(directory) as writer:
-        for rows, made in _sampled(sampler, runtime, recipe, begun.missing, chosen, noise, seed, wanted):
-            writer.add(rows, made)
-    hosts.all_told(None)
-    seconds = round(time.perf_counter() - started, 2)
-    about = {"made_now": len(begun.missing), "rae_xla": __version__, "runtime": runtime.describe()}
-    return hosts.told_by_first(lambda: _put_together(directory, chosen, save_latents, {**about, "seconds": seconds}))
+    batches = sampler.run(lambda _: own.rows(chosen, noise), len(own.indices), seed, own.batch_size, wanted)
+    failure = None
+    try:
+        with _PartsWriter(directory) as writer:
+            for indices, (_, made) in zip(own.batches, batches, strict=True):
+                writer.add(indices, made)
+    except UserError as error:
+        failure = error
+    failures = [error for error in hosts.of_all(failure) if error is not None]
+    if failures:
+        raise failures[0]
+    about = {
+        **sampler.derived(),
+        "made_now": len(begun.missing),
+        "rae_xla": __version__,
+        "runtime": runtime.describe(),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    return hosts.from_first(lambda: _put_together(directory, chosen, save_latents, about))
 
 
 def _begun(recipe: SampledRecipe, directory: str, plan: dict[str, Any]) -> _Begun:
     path, finished = storage.join(directory, PLAN_FILE), storage.join(directory, MANIFEST_FILE)
+    latents = plan["latents"]
     if storage.exists(path):
         before = storage.read_json(path)
         then, now = (dict(flattened(content)) for content in (before, plan))
-        for key in sorted({*now, *then}):
+        for key in dict.fromkeys((*now, *then)):
             # Files may have moved.
             if now.get(key) != then.get(key) and not key.endswith(".path"):
                 raise UserError(
@@ -124,7 +143,14 @@ def _begun(recipe: SampledRecipe, directory: str, plan: dict[str, Any]) -> _Begu
                     f"{_shown(now.get(key))}); give another folder, or remove it"
                 )
         if storage.exists(finished):
+            if latents is not None and not storage.exists(latents):
+                raise UserError(f"--save-latents: {latents} is gone, and {directory} is finished; give another folder")
+            _remove_parts(directory)
             return _Begun(np.empty(0, np.int64), dict(storage.read_json(finished)))
+    elif set(storage.list_names(directory)) & {MANIFEST_FILE, SAMPLES_FILE, PARTS}:
+        raise UserError(
+            f"--out: {directory} holds samples and no {PLAN_FILE}, which says what they are; give another folder"
+        )
     else:
         save_recipe(recipe, directory)
         storage.write_json(path, plan)
@@ -141,32 +167,33 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _sampled(
-    sampler: Sampler,
-    runtime: Runtime,
-    recipe: SampledRecipe,
-    missing: np.ndarray,
-    labels: np.ndarray,
-    noise: np.ndarray | None,
-    seed: int,
-    wanted: tuple[str, ...],
-) -> Iterator[tuple[np.ndarray, Columns]]:
-    """Batch by batch, what this host has to make: indices and what was made of them."""
-    shares = np.array_split(missing, runtime.num_processes)
-    own = shares[runtime.process_index]
-    batch_size = batch_size_for(min(recipe.sampler.batch_size, len(labels)), runtime)
-    of_host = batch_size // runtime.num_processes
-    # As many batches as the host with the largest share has: all devices are in every one of them.
-    begins = range(0, max(map(len, shares)), of_host)
+@dataclass(frozen=True)
+class _Share:
+    """What a host has to make, in batches of which all hosts have equally many: all devices are in every one."""
 
-    def rows(size: int) -> Iterator[Columns]:
-        for begin in begins:
-            yield sample_columns(own[begin : begin + size] if begin < len(own) else np.zeros(1, int), labels, noise)
+    indices: np.ndarray
+    num_batches: int
+    batch_size: int
+    """Of all hosts together."""
+    of_host: int
 
-    batches = sampler.run(rows, len(own), seed, batch_size, wanted)
-    for begin, (_, made) in zip(begins, batches, strict=True):
-        indices = own[begin : begin + of_host]
-        yield indices, {name: values[: len(indices)] for name, values in made.items()}
+    @staticmethod
+    def of(missing: np.ndarray, runtime: Runtime, batch_size: int, num_images: int) -> _Share:
+        """This host's, of an even sharing of the ``missing`` indices."""
+        shares = np.array_split(missing, runtime.num_processes)
+        size = batch_size_for(min(batch_size, num_images), runtime)
+        of_host = size // runtime.num_processes
+        return _Share(shares[runtime.process_index], -(-max(map(len, shares)) // of_host), size, of_host)
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """Indices of each batch; towards the end there may be fewer than the batch has rows, or none."""
+        return [self.indices[n * self.of_host : (n + 1) * self.of_host] for n in range(self.num_batches)]
+
+    def rows(self, labels: np.ndarray, noise: np.ndarray | None) -> Iterator[Columns]:
+        """What `Sampler.run` takes; a host that has no row left takes part with the first sample."""
+        for indices in self.batches:
+            yield sample_columns(indices if len(indices) else np.zeros(1, int), labels, noise)
 
 
 class _PartsWriter:
@@ -174,8 +201,7 @@ class _PartsWriter:
 
     def __init__(self, directory: str) -> None:
         self._directory = storage.join(directory, PARTS)
-        self._indices: list[int] = []
-        self._rows: dict[str, list[np.ndarray]] = {}
+        self._samples: list[tuple[int, Columns]] = []
         self._thread = ThreadPoolExecutor(1, "samples")
         self._writing: Future[None] | None = None
         self._written_at = time.monotonic()
@@ -183,37 +209,41 @@ class _PartsWriter:
     def __enter__(self) -> _PartsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         # What is whole is kept whatever ends the job.
         self._write_next()
         self._wait()
         self._thread.shutdown()
 
     def add(self, indices: np.ndarray, made: Columns) -> None:
-        """Rows of samples, in the order of their indices. Raises a `UserError` if some could not be written."""
+        """Samples in the order of their indices; rows beyond these are none. Raises a `UserError` if a write failed."""
         for row, index in enumerate(indices.tolist()):
-            if self._indices and (len(self._indices) == IMAGES_PER_PART or index != self._indices[-1] + 1):
+            samples = self._samples
+            if samples and (len(samples) == IMAGES_PER_PART or index != samples[-1][0] + 1):
                 self._write_next()
-            self._indices.append(index)
-            for name, values in made.items():
-                self._rows.setdefault(name, []).append(values[row])
+            self._samples.append((index, {name: values[row] for name, values in made.items()}))
         if time.monotonic() - self._written_at > SECONDS_PER_PART:
             self._write_next()
 
     def _write_next(self) -> None:
         self._wait()
         self._written_at = time.monotonic()
-        if not self._indices:
+        samples, self._samples = self._samples, []
+        if not samples:
             return
-        tensors = {name: torch.from_numpy(np.stack(rows)) for name, rows in self._rows.items()}
-        name = f"{self._indices[0]:08d}-{self._indices[-1] + 1:08d}.safetensors"
-        self._writing = self._thread.submit(storage.write_tensors, storage.join(self._directory, name), tensors)
-        self._indices, self._rows = [], {}
+        names = samples[0][1]
+        tensors = {name: torch.from_numpy(np.stack([rows[name] for _, rows in samples])) for name in names}
+        path = _part_path(self._directory, samples[0][0], samples[-1][0] + 1)
+        self._writing = self._thread.submit(storage.write_tensors, path, tensors)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+
+def _part_path(directory: str, begin: int, end: int) -> str:
+    return storage.join(directory, f"{begin:08d}-{end:08d}.safetensors")
 
 
 def _parts_at(directory: str) -> list[tuple[int, int]]:
@@ -223,31 +253,57 @@ def _parts_at(directory: str) -> list[tuple[int, int]]:
     return sorted((int(match[1]), int(match[2])) for match in found if match)
 
 
+def _remove_parts(directory: str) -> None:
+    if PARTS in storage.list_names(directory):
+        storage.remove(storage.join(directory, PARTS))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows ``first`` to ``end`` of a set, which are in the file of ``begin`` to ``end``."""
+
+    path: str
+    begin: int
+    first: int
+    end: int
+
+    def read(self, name: str) -> np.ndarray:
+        """Raises a `StoppedError` if the file does not hold what its name says."""
+        rows = storage.read_tensors(self.path, "--out")[name].numpy()
+        if len(rows) != self.end - self.begin:
+            raise StoppedError(f"{self.path} is damaged; remove it, and the same command makes its samples again")
+        return rows[self.first - self.begin :]
+
+
+def _all_parts(directory: str, num_images: int) -> list[_Part]:
+    """Every row once: hosts of a job that was thought dead may have made some again, and those are the same."""
+    parts, reached = [], 0
+    for begin, end in _parts_at(directory):
+        if begin <= reached < end:
+            parts.append(_Part(_part_path(storage.join(directory, PARTS), begin, end), begin, reached, end))
+            reached = end
+    if reached != num_images:
+        raise StoppedError(f"{directory}: sample {reached} is missing; the same command makes it")
+    return parts
+
+
 def _put_together(
     directory: str, labels: np.ndarray, save_latents: str | None, about: dict[str, Any]
 ) -> dict[str, Any]:
-    parts = _parts_at(directory)
-    ends = [0, *[end for _, end in parts]]
-    if [begin for begin, _ in parts] != ends[:-1] or ends[-1] != len(labels):
-        raise StoppedError(f"{directory}: parts of the samples are missing; the same command makes them")
-
-    def read(name: str) -> Iterator[np.ndarray]:
-        for begin, end in parts:
-            path = storage.join(directory, PARTS, f"{begin:08d}-{end:08d}.safetensors")
-            yield storage.read_tensors(path, "--out")[name].numpy()
-
+    parts = _all_parts(directory, len(labels))
     plan = storage.read_json(storage.join(directory, PLAN_FILE))
     sheet = _Sheet(labels, in_classes=plan["label_mode"] in ("balanced", "random"))
-    first = next(read("images"))
-    images = (sheet.seen(begin, part) for (begin, _), part in zip(parts, read("images"), strict=True))
-    write_samples(storage.join(directory, "samples.npz"), images, (len(labels), *first.shape[1:]), labels)
+    images = (sheet.seen(part.first, part.read("images")) for part in parts)
+    shape = parts[0].read("images").shape[1:]
+    write_samples(storage.join(directory, SAMPLES_FILE), images, (len(labels), *shape), labels)
     if save_latents is not None:
-        shape = next(read("latents")).shape[1:]
-        write_array(save_latents, read("latents"), (len(labels), *shape), np.dtype(np.float32))
+        shape = parts[0].read("latents").shape[1:]
+        latents = (part.read("latents") for part in parts)
+        write_array(save_latents, latents, (len(labels), *shape), np.dtype(np.float32))
     write_png(storage.join(directory, "contact_sheet.png"), sheet.drawn())
     manifest = {**plan, **about}
     storage.write_json(storage.join(directory, MANIFEST_FILE), manifest)
-    storage.remove(storage.join(directory, PARTS))
+    _remove_parts(directory)
     return manifest
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from rae_xla.config import Config
@@ -29,22 +29,17 @@ VelocityOf = Callable[[Any, bool], Velocity]
 class SamplerConfig(Config):
     """``num_grid_points`` times; the released grid stops short of t = 0, ``end_at_zero`` goes all the way.
 
-    ``euler`` evaluates the model once an interval, and so does ``euler_maruyama``, ``heun`` twice. ``diffusion``, for
-    ``euler_maruyama``: the noise that it adds has variance ``diffusion`` * t a unit of time.
+    ``euler`` evaluates the model once an interval, and so does ``euler_maruyama``, ``heun`` twice. ``diffusion``, of
+    ``euler_maruyama`` only: the noise that it adds has variance ``diffusion`` * t a unit of time. ``labels``: see
+    `rae_xla.evaluation.generation.labels_of`.
     """
 
     method: Literal["euler", "heun", "euler_maruyama"] = "euler"
     num_grid_points: int = Field(default=50, ge=2)
     end_at_zero: bool = False
-    diffusion: float | None = Field(default=None, gt=0)
+    diffusion: float = Field(default=1.0, gt=0)
     batch_size: int = Field(gt=0)
     labels: Literal["balanced", "random", "unconditional"] = "balanced"
-
-    @model_validator(mode="after")
-    def _fits(self) -> SamplerConfig:
-        if (self.diffusion is None) is (self.method == "euler_maruyama"):
-            raise ValueError("diffusion: goes with method euler_maruyama, which needs it; 1.0 is SiT's sigma_t")
-        return self
 
     @property
     def num_evaluations(self) -> int:
@@ -61,17 +56,22 @@ class Span:
     guided: bool
 
 
+def intervals_of(times: Tensor) -> Tensor:
+    """Float32 [S - 1, 3] for times [S]: when an interval begins, when it ends, and which one it is."""
+    numbers = torch.arange(len(times) - 1, dtype=times.dtype)
+    return torch.stack([times[:-1], times[1:], numbers], dim=1)
+
+
 class Solver:
     """A sampler's method on a grid of times, float32 [S] on the host, falling.
 
     The grid is cut where guidance begins or ends to act, so that outside nobody computes what is not used.
-    ``intervals`` float32 [S - 1, 3]: when each begins, when it ends, and which one it is; for the devices.
+    ``intervals``: `intervals_of` the times, for the devices. ``seed``: of the noise of ``euler_maruyama``.
     """
 
     def __init__(self, config: SamplerConfig, times: Tensor, guidance: GuidanceConfig, seed: int = 0) -> None:
         self._config, self._seed = config, seed
-        numbers = torch.arange(len(times) - 1, dtype=times.dtype)
-        self.intervals = torch.stack([times[:-1], times[1:], numbers], dim=1)
+        self.intervals = intervals_of(times)
         acts = acts_at(guidance, times)
         guided = acts[:-1] | acts[1:] if config.method == "heun" else acts[:-1]
         cuts = [0, *[i for i in range(1, len(guided)) if guided[i] != guided[i - 1]], len(guided)]
@@ -83,7 +83,7 @@ class Solver:
         """Latents [B, C, h, w] at the last time, from ``noise`` at the first.
 
         ``velocity_of`` is called inside the scan, with the weights that the scan hands in. ``batch``: int32 [B]
-        ``labels``, and ``rows``, the samples' indices, of which `euler_maruyama` takes its noise. ``intervals``: the
+        ``labels``, and ``rows``, the samples' indices, of which ``euler_maruyama`` takes its noise. ``intervals``: the
         solver's, on the devices.
         """
         x = noise.float()
@@ -104,7 +104,6 @@ class Solver:
             if self._config.method == "heun":
                 return _heun(v, x, now, then), ()
             if self._config.method == "euler_maruyama":
-                assert self._config.diffusion is not None
                 drawn = normal(self._seed, Purpose.SAMPLER_NOISE, rows, tuple(x.shape[1:]), number.to(torch.int32))
                 # The last interval adds none: nothing would take it out again.
                 share = (len(self.intervals) - 1 - number).clamp(max=1.0)

@@ -50,7 +50,7 @@ class Look(Protocol):
         """Whether to look after this step."""
 
     def prepare(self, state: Any, frozen: Any) -> None:
-        """Compile, and run nothing."""
+        """Compile, and do what is needed once."""
 
     def __call__(self, step: int, state: Any, frozen: Any, leaves: Callable[[], bool]) -> Seen | None:
         """What the state's averaged weights do. Waits for it; nothing if it ``leaves`` before the end.

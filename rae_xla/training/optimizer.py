@@ -23,8 +23,8 @@ class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up from zero, constant, then decay to ``final_learning_rate``.
 
     Lengths are in epochs of the training split. ``decay_end_epoch: null`` is the end of the run; a run may end before.
-    ``clip_norm: null`` does not clip. ``ema_warmup``: see
-    `decay_at`. ``more_ema_decays``: further averages, kept in checkpoints beside that of ``ema_decay``.
+    ``clip_norm: null`` does not clip. ``ema_warmup``: see `decay_at`. ``more_ema_decays``: further averages, kept in
+    checkpoints beside that of ``ema_decay``.
     """
 
     num_epochs: float = Field(gt=0)
@@ -42,10 +42,13 @@ class OptimizerConfig(Config):
     ema_warmup: bool = False
 
     @model_validator(mode="after")
-    def _decays(self) -> OptimizerConfig:
+    def _fits(self) -> OptimizerConfig:
         decays = [self.ema_decay, *self.more_ema_decays]
         if len(set(decays)) < len(decays):
             raise ValueError(f"more_ema_decays: each once, and not ema_decay again; got {decays}")
+        start = max(self.decay_start_epoch, self.warmup_epochs)
+        if self.decay_end_epoch is not None and self.decay_end_epoch <= start:
+            raise ValueError(f"decay_end_epoch: {self.decay_end_epoch} must be after {start}, where the decay starts")
         return self
 
 

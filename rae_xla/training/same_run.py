@@ -21,7 +21,7 @@ COMPUTED = ("root", "run_dir", "runtime", "mesh", "compute", "log", "profile", "
 # How images are fetched; not which, or in which order.
 _FETCHING = ("num_workers", "timeout_seconds", "give_up_seconds", "max_unreadable")
 # How long it is, too, and what only sampling and scoring read.
-_READ_LATER = ("sampler", "guidance", "heldout", "heldout_source")
+_READ_LATER = ("sampler", "guidance", "preview", "scoring", "heldout", "heldout_source")
 MAY_CHANGE = (*COMPUTED, *(f"data.stream.{key}" for key in _FETCHING), *_READ_LATER, "train.num_epochs")
 
 

@@ -25,7 +25,7 @@ from rae_xla.training.looks import ScoringConfig, Seen
 JUDGE_KEY = "scoring.judge.weights"
 COLUMNS_OF_A_PREVIEW = 10
 
-Rows = list[tuple[int, np.ndarray]]
+IndexedRows = list[tuple[int, np.ndarray]]
 """By the sample's index."""
 
 
@@ -72,7 +72,7 @@ class SampleLook:
         """See `Look`. The picture has the first samples, in rows of ten."""
         num_shown, num_scored = self._num_due("preview", step), self._num_due("scoring", step)
         given = self._given(state, frozen)
-        rows: dict[str, Rows] = {"images": [], "features": [], "predicted": []}
+        rows: dict[str, IndexedRows] = {"images": [], "features": [], "predicted": []}
         for indices, batch in self._batches(max(num_shown, num_scored)):
             if leaves():
                 return None
@@ -110,15 +110,16 @@ class SampleLook:
         with torch.no_grad():
             images = self._sampler.images(frozen, batch, self._recipe.seed)["images"]
             seen = {} if self._judge is None else self._judge.features(frozen["judge"], images, self._runtime)
-            return state, {"images": images, **seen}
+            # Each host takes its own rows of them.
+            return state, {name: self._runtime.split_batch(made) for name, made in {"images": images, **seen}.items()}
 
 
-def _up_to(number: int, indices: np.ndarray, rows: np.ndarray) -> Rows:
+def _up_to(number: int, indices: np.ndarray, rows: np.ndarray) -> IndexedRows:
     return [(index, row) for index, row in zip(indices.tolist(), rows, strict=True) if index < number]
 
 
-def _gathered(hosts: Hosts, rows: Rows) -> np.ndarray:
-    everywhere = chain.from_iterable(hosts.all_told(rows))
+def _gathered(hosts: Hosts, rows: IndexedRows) -> np.ndarray:
+    everywhere = chain.from_iterable(hosts.of_all(rows))
     return np.stack([row for _, row in sorted(everywhere, key=lambda found: found[0])])
 
 
@@ -138,7 +139,8 @@ class _Judge:
         tensors = self.features.tensors()
 
         def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"features": self.features(frozen, batch["images"], self._runtime)["features"]}
+            features = self.features(frozen, batch["images"], self._runtime)["features"]
+            return {"features": self._runtime.split_batch(features)}
 
         images = self._heldout.images
         batches = list(own_indices(len(images), batch_size_for(self._batch_size, self._runtime), self._runtime))
