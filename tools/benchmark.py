@@ -8,7 +8,7 @@ step-overhead  host time of a training step of a DiT^DH, traced lazily every tim
 input          images a second from shards to batches of 256 px, beside torchvision's ImageFolder; --workers
 decoder        a small decoder on photographs with all losses, every phase of the paper's within 208 steps: its curves,
                and what noise in training gains and costs; CPU_NUM_DEVICES=8 for eight virtual devices
-diffusion      shift, width, averaging and guidance of a small DiT^DH on digits: curves of loss and scores; half an hour
+diffusion      shift, width, averaging and guidance of a small DiT^DH on digits: curves of loss and scores; an hour
 sampler        host time of sampling with a DiT^DH: one lazy graph for each step, as released, and one program for all;
                --depth-only, --images for how many at a time
 checkpoint-stall  how long a save of a model's training state keeps the loop, beside a synchronous one; --model dit_dh_b
