@@ -203,6 +203,20 @@ def test_weights_are_exported_from_any_checkpoint(four_steps: Path, tmp_path: Pa
         assert re.search(message, errors), errors
 
 
+def test_a_finished_run_has_its_weights_and_says_its_step(four_steps: Path, tmp_path: Path, caplog: object) -> None:
+    caplog.set_level(logging.INFO)
+    shutil.copytree(four_steps, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "judge" / "weights.safetensors").unlink()
+    run(tmp_path, 2)
+    assert "already trained to step 4" in caplog.text and "averaged weights of step 4" in caplog.text
+    weights = [(root / "judge" / "weights.safetensors").read_bytes() for root in (four_steps, tmp_path)]
+    assert weights[0] == weights[1]
+    with pytest.raises(
+        UserError, match=r"resume.allow: no key train.learningrate here; did you mean train.learning_rate\?"
+    ):
+        run(tmp_path, 6, "resume.allow=[train.learningrate]")
+
+
 def test_several_averages_are_kept_and_exported(tmp_path: Path) -> None:
     run(tmp_path, 2, "train.ema_decay=0.9", "train.more_ema_decays=[0.5, 0.0]", "checkpoint.every_steps=1")
     found = {}

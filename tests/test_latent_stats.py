@@ -162,3 +162,16 @@ def test_a_released_file_of_statistics_normalises_as_ours(has_mean: bool, on_one
     assert torch.equal(read[1].latent_shift, ours["mean"] if has_mean else torch.zeros_like(ours["mean"]))
     for encoder in read:
         assert torch.equal(encoder.latent_scale, (ours["variance"] + STATS_EPS).sqrt())
+
+
+def test_a_finished_pass_is_not_repeated_and_not_written_over(on_one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = cases.recipe_of(on_one, "batch_64", 64)
+    file = on_one / "batch_64" / STATS_FILE
+    before = file.read_bytes()
+    monkeypatch.setattr(latent_stats, "statistics_so_far", lambda *_: pytest.fail("computed again"))
+    report = latent_stats.write_latent_stats(recipe, cases.runtime_of(recipe))
+    assert report["num_images"] == cases.NUM_IMAGES
+    other = recipe.model_copy(update={"precision": "bf16"})
+    with pytest.raises(UserError, match="the pass that it is of had another precision; remove it to begin anew"):
+        latent_stats.write_latent_stats(other, cases.runtime_of(recipe))
+    assert file.read_bytes() == before

@@ -1,7 +1,8 @@
 """Exact mean and variance of the encoder's features at every position, over the training split.
 
 Writes latent_stats.safetensors (mean, variance) into the run directory. The result depends neither on the batch size
-nor on the number of devices. A pass that was stopped goes on where it was when the same command is run again.
+nor on the number of devices. A pass that was stopped goes on where it was when the same command is run again, and one
+that is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     from rae_xla.recipe import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides, "latent_stats")
-    return write_latent_stats(recipe, runtime.create(recipe.runtime, recipe.mesh, recipe.precision))
+    report = write_latent_stats(recipe, runtime.create(recipe.runtime, recipe.mesh, recipe.precision))
+    print(f"mean and variance of {report['num_images']} images: {report['path']}")
+    return report
 
 
 if __name__ == "__main__":

@@ -41,10 +41,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         initial_noise=arguments.initial_noise,
         save_latents=arguments.save_latents,
     )
-    print(
-        f"{manifest['num_images']} images in {arguments.out}, the last {manifest['made_now']} of them made in "
-        f"{manifest['seconds']:.0f} s"
-    )
+    print(f"{manifest['num_images']} images: {arguments.out}")
     return manifest
 
 

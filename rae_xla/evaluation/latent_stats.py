@@ -34,6 +34,7 @@ from rae_xla.runtime import Runtime
 logger = logging.getLogger(__name__)
 
 STATS_FILE = "latent_stats.safetensors"
+REPORT_FILE = "report.json"
 # Only while a pass is under way.
 PROGRESS_FILE = "latent_stats_progress.safetensors"
 # What a kill may cost; a save is some megabytes.
@@ -126,16 +127,21 @@ def statistics_so_far(
 def write_latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str, Any]:
     """``latent_stats.safetensors`` of the run directory: ``mean`` and ``variance`` (over n), float32 [C, h, w].
 
-    Goes on with a pass that was killed, in batches of any size. Returns what was found.
+    Goes on with a pass that was killed, in batches of any size, and leaves alone what is there. Returns what was found.
 
     Raises:
-        UserError: the encoder's weights are missing or do not fit; the pass that was killed was another one.
+        UserError: the encoder's weights are missing or do not fit; what is there already is of another pass.
     """
     run_dir, latent_shape = recipe.path(recipe.run_dir), recipe.autoencoder.encoder.latent_shape
-    path, progress_path = [storage.join(run_dir, name) for name in (STATS_FILE, PROGRESS_FILE)]
+    names = STATS_FILE, PROGRESS_FILE, REPORT_FILE
+    path, progress_path, report_path = [storage.join(run_dir, name) for name in names]
     images = open_images(recipe.data, recipe.root, "train")
     decided_by = _decided_by(recipe, images)
     begun = Progress.none(latent_shape)
+    if storage.exists(path) and storage.exists(report_path):
+        _check_same_pass(path, decided_by)
+        logger.info("latent statistics: %s is there already", path)
+        return dict(storage.read_json(report_path))
     if storage.exists(progress_path):
         begun = read_progress(progress_path, decided_by)
         logger.info("latent statistics: goes on after %d of %d images", begun.position, len(images))
@@ -156,8 +162,9 @@ def write_latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str,
         "runtime": runtime.describe(),
     }
     save_recipe(recipe, run_dir)
-    storage.write_tensors(path, {name: torch.from_numpy(values).float() for name, values in stats.items()})
-    storage.write_json(storage.join(run_dir, "report.json"), report)
+    found = {name: torch.from_numpy(values).float() for name, values in stats.items()}
+    storage.write_tensors(path, found, {"decided_by": decided_by})
+    storage.write_json(report_path, report)
     if storage.exists(progress_path):
         storage.remove(progress_path)
     return report
@@ -178,16 +185,22 @@ def read_progress(path: str, decided_by: Mapping[str, Any]) -> Progress:
         UserError: the file cannot be read, or its pass was over other images or with another encoder; names all keys.
     """
     tensors = storage.read_tensors(path, "run_dir")
+    about = _check_same_pass(path, decided_by)
+    moments = Moments(about["count"], tensors["mean"].numpy(), tensors["squares"].numpy())
+    return Progress(about["position"], moments)
+
+
+def _check_same_pass(path: str, decided_by: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of itself; raises a `UserError` if it is not of a pass that is decided by the same."""
     about = storage.read_about(path)
-    before = about["decided_by"]
+    before = about.get("decided_by", {})
     changed = [key for key in sorted({*before, *decided_by}) if before.get(key) != decided_by.get(key)]
     if changed:
         raise UserError(
             f"{path}: the pass that it is of had another {', '.join(changed)}; remove it to begin anew, or give the "
             "run another run_dir"
         )
-    moments = Moments(about["count"], tensors["mean"].numpy(), tensors["squares"].numpy())
-    return Progress(about["position"], moments)
+    return about
 
 
 def _decided_by(recipe: LatentStatsRecipe, images: ImageSet | ShardedImages) -> dict[str, Any]:

@@ -75,8 +75,14 @@ def run_training(task: TrainingTask, recipe: TrainingRecipe, runtime: Runtime) -
     started = time.perf_counter()
     run = _Run(task, recipe, runtime)
     report_path = storage.join(run.directory, REPORT_FILE)
-    if run.is_finished() and storage.exists(report_path):
-        logger.info("%s: already trained to step %d in %s", task.name, task.num_steps, run.directory)
+    finished = run.finished_checkpoint()
+    if finished is not None and storage.exists(report_path):
+        step = finished.about["progress"]["step"]
+        logger.info("%s: already trained to step %d in %s", task.name, step, run.directory)
+        weights = recipe.path(recipe.weights_file)
+        if runtime.process_index == 0 and not storage.exists(weights):
+            export_weights(finished, "ema", weights)
+            logger.info("%s: averaged weights of step %d are in %s again", task.name, step, weights)
         return dict(storage.read_json(report_path))
     begun_at = run.train()
     report = {
@@ -117,10 +123,11 @@ class _Run:
         self.progress = Progress(0)
         self.last_metrics: dict[str, float] = {}
 
-    def is_finished(self) -> bool:
-        """Whether the newest checkpoint is of the last step. Raises a `UserError` if it is of another run."""
+    def finished_checkpoint(self) -> StoredIndex | None:
+        """The newest checkpoint, if it is of the last step or later. Raises a `UserError` if it is of another run."""
         newest = next(self._found(), None)
-        return newest is not None and newest.about["progress"]["step"] >= self._task.num_steps
+        is_last = newest is not None and newest.about["progress"]["step"] >= self._task.num_steps
+        return newest if is_last else None
 
     def newest_checkpoint(self) -> StoredIndex:
         """What was saved or restored last."""

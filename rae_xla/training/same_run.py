@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,11 @@ def check_same_run(
         UserError: a key of the recipe or the content of an input is another, and names them all.
     """
     allowed = (*MAY_CHANGE, *recipe.resume.allow)
+    known = dict(flattened(recipe.model_dump(mode="json")))
+    for key in recipe.resume.allow:
+        if key not in inputs and not any(_in(name, (key,)) for name in known):
+            close = difflib.get_close_matches(key, known, n=1)
+            raise UserError(f"resume.allow: no key {key} here{f'; did you mean {close[0]}?' if close else ''}")
     try:
         # With what this version takes for granted.
         made_with = type(recipe).model_validate(before["recipe"])
