@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,15 +109,35 @@ def run_batches(
             yield finished(*started.popleft())
 
 
-def own_indices(num_rows: int, batch_size: int, runtime: Runtime) -> Iterator[np.ndarray]:
-    """This host's row numbers of each batch; where they go beyond ``num_rows`` there is no row, so that all have alike.
+@dataclass(frozen=True)
+class Share:
+    """What of some rows a host has, in batches of which all hosts have equally many: all devices are in every one.
 
-    ``batch_size``: of all hosts, a multiple of the devices.
+    ``indices``: its rows, which follow each other. ``batch_size``: of all hosts together.
     """
-    of_host = batch_size // runtime.num_processes
-    own = np.arange(of_host) + runtime.process_index * of_host
-    for begin in range(0, num_rows, batch_size):
-        yield begin + own
+
+    indices: np.ndarray
+    num_batches: int
+    batch_size: int
+    of_host: int
+
+    @staticmethod
+    def of(rows: np.ndarray, batch_size: int, runtime: Runtime) -> Share:
+        """This host's, of an even sharing of these rows' numbers."""
+        shares = np.array_split(rows, runtime.num_processes)
+        size = batch_size_for(batch_size, runtime)
+        of_host = size // runtime.num_processes
+        return Share(shares[runtime.process_index], -(-max(map(len, shares)) // of_host), size, of_host)
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """The rows of each batch; towards the end there may be fewer than the batch has, or none."""
+        return [self.indices[n * self.of_host : (n + 1) * self.of_host] for n in range(self.num_batches)]
+
+    @property
+    def given(self) -> list[np.ndarray]:
+        """What to put into each batch: a host that has no row left takes part with the first of all."""
+        return [rows if len(rows) else np.zeros(1, int) for rows in self.batches]
 
 
 def own_rows(outputs: dict[str, Tensor], runtime: Runtime) -> Columns:

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from rae_xla import __version__, storage
 from rae_xla.config import flattened
 from rae_xla.errors import StoppedError, UserError
-from rae_xla.evaluation.batches import Columns, batch_size_for
+from rae_xla.evaluation.batches import Columns, Share
 from rae_xla.evaluation.files import contact_sheet, read_array, write_array, write_png, write_samples
 from rae_xla.evaluation.generation import SampledRecipe, Sampler, labels_of, sample_columns
 from rae_xla.hosts import Hosts
@@ -106,9 +105,10 @@ def write_sample_set(
         raise UserError(
             f"--out: host {seen.index(False)} does not see {directory}; on several hosts give a gs:// folder"
         )
-    own = _Share.of(begun.missing, runtime, recipe.sampler.batch_size, len(chosen))
+    own = Share.of(begun.missing, min(recipe.sampler.batch_size, len(chosen)), runtime)
+    columns = (sample_columns(indices, chosen, noise) for indices in own.given)
     wanted = ("images", "latents") if save_latents is not None else ("images",)
-    batches = sampler.run(lambda _: own.rows(chosen, noise), len(own.indices), seed, own.batch_size, wanted)
+    batches = sampler.run(lambda _: columns, len(own.indices), seed, own.batch_size, wanted)
     failure = None
     try:
         with _PartsWriter(directory) as writer:
@@ -165,35 +165,6 @@ def _begun(recipe: SampledRecipe, directory: str, plan: dict[str, Any]) -> _Begu
 def _shown(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-@dataclass(frozen=True)
-class _Share:
-    """What a host has to make, in batches of which all hosts have equally many: all devices are in every one."""
-
-    indices: np.ndarray
-    num_batches: int
-    batch_size: int
-    """Of all hosts together."""
-    of_host: int
-
-    @staticmethod
-    def of(missing: np.ndarray, runtime: Runtime, batch_size: int, num_images: int) -> _Share:
-        """This host's, of an even sharing of the ``missing`` indices."""
-        shares = np.array_split(missing, runtime.num_processes)
-        size = batch_size_for(min(batch_size, num_images), runtime)
-        of_host = size // runtime.num_processes
-        return _Share(shares[runtime.process_index], -(-max(map(len, shares)) // of_host), size, of_host)
-
-    @property
-    def batches(self) -> list[np.ndarray]:
-        """Indices of each batch; towards the end there may be fewer than the batch has rows, or none."""
-        return [self.indices[n * self.of_host : (n + 1) * self.of_host] for n in range(self.num_batches)]
-
-    def rows(self, labels: np.ndarray, noise: np.ndarray | None) -> Iterator[Columns]:
-        """What `Sampler.run` takes; a host that has no row left takes part with the first sample."""
-        for indices in self.batches:
-            yield sample_columns(indices if len(indices) else np.zeros(1, int), labels, noise)
 
 
 class _PartsWriter:

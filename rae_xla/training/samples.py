@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rae_xla.data.sources import open_in_memory
-from rae_xla.evaluation.batches import Columns, batch_size_for, own_indices, own_rows, run_batches
+from rae_xla.evaluation.batches import Share, own_rows, padded, run_batches
 from rae_xla.evaluation.distances import frechet_distance
 from rae_xla.evaluation.features import JudgeFeatures
 from rae_xla.evaluation.files import contact_sheet
@@ -54,7 +54,7 @@ class SampleLook:
         }
         most = max(number for _, number in self._looks.values())
         self._labels = labels_of(recipe.sampler.labels, recipe.seed, most, module.num_classes)
-        self._batch_size = batch_size_for(min(recipe.sampler.batch_size, most), runtime)
+        self._batch_size = min(recipe.sampler.batch_size, most)
         self._program = runtime.compile(self._made, "samples")
         self._constants: Any = None
 
@@ -78,7 +78,7 @@ class SampleLook:
                 return None
             _, made = self._program({}, given, batch)
             for name, number in (("images", num_shown), ("features", num_scored), ("predicted", num_scored)):
-                if indices[0] < number:
+                if len(indices) and indices[0] < number:
                     own = own_rows({name: made[name]}, self._runtime)[name]
                     rows[name] += _up_to(number, indices, own)
         values: dict[str, float] = {}
@@ -97,10 +97,10 @@ class SampleLook:
         return num_images if step % every_steps == 0 or step == self._num_steps else 0
 
     def _batches(self, num_images: int) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-        """This host's indices of each batch, and the batch on the devices, filled up with the last index."""
-        for indices in own_indices(num_images, self._batch_size, self._runtime):
-            columns = sample_columns(indices.clip(max=num_images - 1), self._labels, None)
-            batch = {name: torch.from_numpy(values) for name, values in columns.items()}
+        """This host's indices of each batch, and the batch on the devices."""
+        own = Share.of(np.arange(num_images), self._batch_size, self._runtime)
+        for indices, given in zip(own.batches, own.given, strict=True):
+            batch = padded(sample_columns(given, self._labels, None), own.of_host)
             yield indices, self._runtime.place_batch(batch)
 
     def _given(self, state: Any, frozen: Any) -> Any:
@@ -115,7 +115,7 @@ class SampleLook:
 
 
 def _up_to(number: int, indices: np.ndarray, rows: np.ndarray) -> IndexedRows:
-    return [(index, row) for index, row in zip(indices.tolist(), rows, strict=True) if index < number]
+    return [(index, row) for index, row in zip(indices.tolist(), rows, strict=False) if index < number]
 
 
 def _gathered(hosts: Hosts, rows: IndexedRows) -> np.ndarray:
@@ -143,14 +143,10 @@ class _Judge:
             return {"features": self._runtime.split_batch(features)}
 
         images = self._heldout.images
-        batches = list(own_indices(len(images), batch_size_for(self._batch_size, self._runtime), self._runtime))
-
-        def rows(size: int) -> Iterator[Columns]:
-            for indices in batches:
-                yield {"images": images[indices.clip(max=len(images) - 1)]}
-
-        seen = run_batches(view, tensors, rows, len(images), self._batch_size, self._runtime, "held-out images")
-        found = [_up_to(len(images), own, part["features"]) for own, (_, part) in zip(batches, seen, strict=True)]
+        own = Share.of(np.arange(len(images)), self._batch_size, self._runtime)
+        rows = ({"images": images[given]} for given in own.given)
+        seen = run_batches(view, tensors, lambda _: rows, len(images), own.batch_size, self._runtime, "held-out images")
+        found = [_up_to(len(images), i, part["features"]) for i, (_, part) in zip(own.batches, seen, strict=True)]
         self._real = _gathered(self._hosts, list(chain.from_iterable(found)))
         return tensors
 
