@@ -36,6 +36,13 @@ def parser(description: str, *, recipe: bool = True) -> argparse.ArgumentParser:
     return made
 
 
+def recipe_and_overrides(given: list[str], default: Path) -> tuple[str, list[str]]:
+    """Where the recipe may be left out: the first that is no ``key=value``, or ``default``; and the others."""
+    if given and "=" not in given[0]:
+        return given[0], given[1:]
+    return str(default), given
+
+
 def add_recipe_arguments(made: argparse.ArgumentParser) -> None:
     """RECIPE and ``key.sub=value`` overrides."""
     made.add_argument("recipe", metavar="RECIPE", help="a YAML file")

@@ -74,8 +74,10 @@ class EagerRuntime:
         """See `Runtime`."""
         return self.place_frozen(tree)
 
-    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> EagerStep:
-        """See `Runtime`."""
+    def compile(
+        self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str, *, exact: bool = False
+    ) -> EagerStep:
+        """See `Runtime`. Products of float32 are never rounded here."""
         return EagerStep(function, name)
 
     def scan(
@@ -125,7 +127,9 @@ class CountingRuntime(EagerRuntime):
         self._counter = FlopCounterMode(display=False)
         self._in_loops = 0.0
 
-    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> EagerStep:
+    def compile(
+        self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str, *, exact: bool = False
+    ) -> EagerStep:
         """See `Runtime`."""
 
         def counted(state: Tree, frozen: Tree, batch: Tree) -> tuple[Tree, Tree]:

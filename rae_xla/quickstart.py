@@ -11,8 +11,9 @@ from rae_xla import runtime, storage
 from rae_xla.config import override
 from rae_xla.errors import UserError
 from rae_xla.evaluation.latent_stats import write_latent_stats
+from rae_xla.evaluation.reconstruction_scores import evaluate_reconstruction
 from rae_xla.evaluation.sample_set import write_sample_set
-from rae_xla.evaluation.scores import evaluate_generation, evaluate_reconstruction
+from rae_xla.evaluation.scoring import evaluate_generation
 from rae_xla.recipe import load_recipe
 from rae_xla.report import write_report
 from rae_xla.training.tasks import train
@@ -59,7 +60,7 @@ def run_quickstart(root: str, overrides: list[str], num_images: int) -> dict[str
         recipe, directory = recipes[f"sample_{mode}"], storage.join(root, "samples", mode)
         timed(f"sample {mode}", write_sample_set, recipe, made, directory, num_images=num_images, seed=recipe.seed)
         samples = storage.join(directory, "samples.npz")
-        scored = timed(f"score {mode}", evaluate_generation, recipes["evaluation"], made, samples)
+        scored = timed(f"score {mode}", evaluate_generation, recipes["evaluation"], made, samples, None)
         scores.append({"mode": mode, **scored})
     result = {"scores": scores, **reconstruction, "seconds": timings, "runtime": made.describe()}
     if made.process_index == 0:

@@ -12,6 +12,7 @@ from rae_xla import storage
 from rae_xla.config import Config, apply_overrides, describe_errors, read_yaml
 from rae_xla.data.sources import SOURCES, DataConfig
 from rae_xla.errors import UserError
+from rae_xla.evaluation.features import FeaturesConfig, InceptionConfig
 from rae_xla.flow.guidance import GuidanceConfig, NoGuidance
 from rae_xla.flow.sampler import SamplerConfig
 from rae_xla.flow.schedule import FlowConfig, TimeConfig
@@ -177,8 +178,11 @@ class DiffusionRecipe(TrainingRecipe):
         _check_guidance(self.guidance, self.sampler)
         if self.guidance.method == "classifier_free" and not self.flow.label_dropout:
             raise ValueError("guidance.method: classifier_free needs a model trained with flow.label_dropout above 0")
-        if self.scoring is not None and self.data.source not in SOURCES:
-            raise ValueError(f"scoring: needs held-out images of a set in memory ({', '.join(SOURCES)}); leave it out")
+        if self.scoring is not None and self.scoring.reference is None and self.data.source not in SOURCES:
+            raise ValueError(
+                "scoring.reference: required here; only sets in memory hold images out to compare with "
+                f"({', '.join(SOURCES)})"
+            )
         if self.flow.label_dropout == 1 and self.sampler.labels != "unconditional":
             raise ValueError("sampler.labels: must be unconditional where flow.label_dropout is 1, no label is learnt")
         return self
@@ -208,16 +212,35 @@ class SamplingRecipe(CommonRecipe):
         return self
 
 
-class EvaluationRecipe(RunRecipe):
-    """Score reconstructions and samples with a classifier that none of the models has seen."""
+class EvaluationRecipe(CommonRecipe):
+    """Score samples and reconstructions.
+
+    ``features``: the space that images are compared in. ``batch_size``: of all hosts together, and that of ``data``.
+    ``data``: what is reconstructed, and what samples are compared with if no reference is named: the manifest of
+    held-out images, or a set in memory, which holds a part of its own out.
+    """
 
     task: Literal["evaluation"]
-    autoencoder: AutoencoderConfig
-    judge: ConvNetConfig
+    run_dir: str = "evaluation"
+    features: FeaturesConfig = InceptionConfig()
+    batch_size: int = Field(default=256, gt=0)
+    data: DataConfig | None = None
+    autoencoder: AutoencoderConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_batch_size(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("data"), dict):
+            return content
+        size = content.get("batch_size", cls.model_fields["batch_size"].default)
+        return {**content, "data": {**content["data"], "batch_size": size}}
 
     @model_validator(mode="after")
     def _fits(self) -> EvaluationRecipe:
-        _check_image_size(self.autoencoder, self.data.image_size)
+        if self.autoencoder is not None:
+            if self.data is None:
+                raise ValueError("data: required with autoencoder; it says what is reconstructed")
+            _check_image_size(self.autoencoder, self.data.image_size)
         return self
 
 

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
-import jinja2
 from matplotlib.figure import Figure
 
 from rae_xla import storage
 from rae_xla.evaluation.files import figure_png
+from rae_xla.pages import data_url, page
 from rae_xla.training.metrics import read_metrics
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right }
-td:first-child, th:first-child { text-align: left } img { max-width: 100%; image-rendering: pixelated }
-.sheets { display: flex; flex-wrap: wrap; gap: 1.5rem } figure { margin: 0 } figcaption { color: #555 }
-</style></head><body>
-<h1>{{ title }}</h1>
+TEMPLATE = """\
 <p>{{ summary }}</p>
 <h2>Scores</h2>
 <p>Recognised: share of generated digits that a classifier trained on real digits only takes for their label; it takes
@@ -44,7 +35,6 @@ real held-out digits stand beside. PSNR of held-out reconstructions: {{ "%.2f"|f
 <h2>Time</h2>
 <table><tr><th>step</th><th>seconds</th></tr>
 {% for name, seconds in timings %}<tr><td>{{ name }}</td><td>{{ "%.1f"|format(seconds) }}</td></tr>{% endfor %}</table>
-</body></html>
 """
 
 
@@ -64,17 +54,17 @@ def write_report(
 
     ``sheets`` maps a guidance mode to a PNG, ``metrics`` a run's name to its ``metrics.jsonl``; ``timings`` in seconds.
     """
-    page = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     path = storage.join(directory, "report.html")
-    html = page.render(
-        title=title,
+    html = page(
+        TEMPLATE,
+        title,
         summary=summary,
         scores=scores,
         judge_accuracy=scores[0]["judge_heldout_accuracy"],
         psnr=psnr,
-        sheets=[(name, _data_url(storage.read_bytes(png))) for name, png in sheets.items()],
-        reconstructions=_data_url(storage.read_bytes(reconstructions)),
-        curves=_data_url(_loss_curves(metrics)),
+        sheets=[(name, data_url(storage.read_bytes(png))) for name, png in sheets.items()],
+        reconstructions=data_url(storage.read_bytes(reconstructions)),
+        curves=data_url(_loss_curves(metrics)),
         timings=list(timings.items()),
     )
     storage.write_text(path, html)
@@ -90,7 +80,3 @@ def _loss_curves(metrics: dict[str, str]) -> bytes:
         axis.set(title=name, xlabel="step", yscale="log")
         axis.grid(alpha=0.3)
     return figure_png(figure)
-
-
-def _data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -98,8 +98,13 @@ class Runtime(Protocol):
     def place_batch(self, tree: Tree) -> Tree:
         """This process's part of a batch onto its devices, split over the mesh along the first dimension."""
 
-    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
-        """A step that is traced at its first call and replayed from then on."""
+    def compile(
+        self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str, *, exact: bool = False
+    ) -> CompiledStep:
+        """A step that is traced at its first call and replayed from then on.
+
+        ``exact``: float32 is multiplied as such in it, as under ``fp32_highest``, whatever the runtime's precision.
+        """
 
     def scan(
         self, body: ScanBody, carry: Tree, rows: Tree, invariants: Tree, *, reverse: bool = False

@@ -15,10 +15,15 @@ from matplotlib.figure import Figure
 
 from rae_xla import runtime, storage
 from rae_xla.config import override
+from rae_xla.data.sources import open_in_memory
+from rae_xla.evaluation.features import load_extractor
 from rae_xla.evaluation.files import figure_png
 from rae_xla.evaluation.generation import Sampler, labels_of
 from rae_xla.evaluation.latent_stats import write_latent_stats
-from rae_xla.evaluation.scores import Judge
+from rae_xla.evaluation.measured import Measured, Measuring
+from rae_xla.evaluation.scores import recognised_share, scores_of
+from rae_xla.evaluation.stored_images import ImagesInMemory
+from rae_xla.hosts import Hosts
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.export import RAW, export_run
@@ -54,14 +59,14 @@ def diffusion_choices(root: str) -> dict[str, Any]:
     for recipe in (common, recipe_of("judge", {}), recipe_of("decoder", LATENTS)):
         train(recipe, made)
     write_latent_stats(recipe_of("latent_stats", LATENTS), made)
-    scoring = {"every_epochs": NUM_EPOCHS / NUM_LOOKS, "num_images": NUM_SAMPLES, "judge": JUDGE}
+    scoring = {"every_epochs": NUM_EPOCHS / NUM_LOOKS, "num_images": NUM_SAMPLES, "features": JUDGE}
     settings = {**LATENTS, "train.num_epochs": NUM_EPOCHS, "scoring": scoring}
     rows, recipes = [], {}
     for number, (name, changed) in enumerate(RUNS.items()):
         recipe = recipes[name] = recipe_of("diffusion", {**settings, **changed, "run_dir": f"choices/{number}"})
         train(recipe, made)
         rows.append({"name": name, **_curves(recipe)})
-    judge = Judge(recipe_of("evaluation", LATENTS), made)
+    judge = _Judge(recipe_of("evaluation", LATENTS), made)
     first = recipes["as in the paper"]
     raw = "choices/raw.safetensors"
     export_run(first.path(first.run_dir), None, RAW, first.path(raw))
@@ -73,6 +78,27 @@ def diffusion_choices(root: str) -> dict[str, Any]:
         "not_averaged": _scores(first, raw, judge, made),
         "guided": _scores(recipe_of("diffusion", guided), None, judge, made),
     }
+
+
+class _Judge:
+    """The quickstart's, and what it sees of held-out digits."""
+
+    def __init__(self, recipe: Any, made: Runtime) -> None:
+        heldout = open_in_memory(recipe.data, "heldout")
+        size, num_classes = recipe.data.image_size, heldout.num_classes
+        extractor = load_extractor(recipe.features, size, num_classes, recipe.root, "features.weights")
+        self._measuring = Measuring(extractor, recipe.batch_size, made, Hosts(made))
+        self._real = self._measured(heldout.images)
+
+    def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Of samples."""
+        measured = self._measured(images)
+        assert measured.seen is not None
+        distance = scores_of(self._measuring.extractor, measured, self._real)
+        return {**distance, "recognised_share": recognised_share(measured.seen, labels)}
+
+    def _measured(self, images: np.ndarray) -> Measured:
+        return self._measuring.images(ImagesInMemory("images", images), "judging", "images")
 
 
 def _curves(recipe: Any) -> dict[str, Any]:
@@ -93,12 +119,11 @@ def _curves(recipe: Any) -> dict[str, Any]:
     }
 
 
-def _scores(recipe: Any, weights: str | None, judge: Judge, made: Runtime) -> dict[str, Any]:
+def _scores(recipe: Any, weights: str | None, judge: _Judge, made: Runtime) -> dict[str, Any]:
     """Of samples with these weights in place of the run's averaged ones."""
     sampler = Sampler(recipe, made, weights=weights)
     labels = labels_of("balanced", recipe.seed, NUM_SAMPLES, sampler.num_classes)
-    scores = judge.score_samples(sampler.sample(labels, recipe.seed)["images"], labels)
-    return {name: scores[name] for name in ("judge_frechet_distance", "recognised_share")}
+    return judge.scores(sampler.sample(labels, recipe.seed)["images"], labels)
 
 
 def draw(result: dict[str, Any], path: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rae_xla.errors import UserError
+from rae_xla.hosts import Hosts
 from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
@@ -62,10 +63,24 @@ def map_rows(
     batch_size: int,
     runtime: Runtime,
     name: str,
+    *,
+    exact: bool = False,
 ) -> Iterator[Columns]:
     """`run_batches` of a function that returns a row for each row of the batch: its results, cut to real rows."""
-    for part, found in run_batches(function, frozen, rows, num_rows, batch_size, runtime, name):
+    for part, found in run_batches(function, frozen, rows, num_rows, batch_size, runtime, name, exact=exact):
         yield {key: values[: num_rows_of(part)] for key, values in found.items()}
+
+
+def as_step(
+    function: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]],
+) -> Callable[[Any, Any, dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]:
+    """A frozen function as `rae_xla.runtime.Runtime.compile` takes it, without gradients."""
+
+    def step(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        with torch.no_grad():
+            return state, function(frozen, batch)
+
+    return step
 
 
 def run_batches(
@@ -76,19 +91,17 @@ def run_batches(
     batch_size: int,
     runtime: Runtime,
     name: str,
+    *,
+    exact: bool = False,
 ) -> Iterator[tuple[Columns, Columns]]:
     """``function(frozen, batch)`` of all rows, batch by batch: the rows that went in, and what came out, as it is.
 
     ``function`` runs as one compiled step. The last batch is filled up with its last row; ``batch["is_real"]``, bool
     [b], is false for what fills it. ``frozen`` is on the host. ``num_rows``: to show how far it is. Of several hosts
-    each has rows of its own and gets what comes of them, row by row; all have equally many batches.
+    each has rows of its own and gets what comes of them, row by row; all have equally many batches. ``exact``: see
+    `rae_xla.runtime.Runtime.compile`.
     """
-
-    def step(state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        with torch.no_grad():
-            return state, function(frozen, batch)
-
-    compiled = runtime.compile(step, name)
+    compiled = runtime.compile(as_step(function), name, exact=exact)
     placed = runtime.place_frozen(frozen)
     logger.info("%s: %d images in batches of %d", name, num_rows, batch_size)
     size = batch_size_for(batch_size, runtime) // runtime.num_processes
@@ -148,6 +161,23 @@ def own_rows(outputs: dict[str, Tensor], runtime: Runtime) -> Columns:
     for key, value in runtime.parts_of(outputs).items():
         found[key] = np.concatenate([value.parts[offsets].numpy() for offsets in sorted(value.parts)])
     return found
+
+
+def gathered(rows: list[tuple[np.ndarray, Columns]], num_rows: int, hosts: Hosts) -> Columns:
+    """Rows that hosts have found, with their indices, on all of them and in order.
+
+    ``rows``: indices int [n], and columns that begin with as many rows.
+
+    Raises:
+        RuntimeError: they are not exactly rows 0 to ``num_rows`` - 1.
+    """
+    own = [(indices, {name: values[: len(indices)] for name, values in columns.items()}) for indices, columns in rows]
+    everywhere = [part for of_host in hosts.of_all(own) for part in of_host if len(part[0])]
+    indices = np.concatenate([indices for indices, _ in everywhere])
+    order = np.argsort(indices)
+    if not np.array_equal(indices[order], np.arange(num_rows)):
+        raise RuntimeError(f"{len(indices)} rows came together where there are {num_rows}")
+    return {name: np.concatenate([columns[name] for _, columns in everywhere])[order] for name in everywhere[0][1]}
 
 
 def check_one_host(runtime: Runtime, name: str) -> None:

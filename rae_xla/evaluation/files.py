@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +25,12 @@ def write_samples(path: str, images: Iterable[np.ndarray], shape: tuple[int, ...
         "arr_1.npy": _npy_pieces([labels.astype(np.int64)], labels.shape, np.dtype(np.int64)),
     }
     storage.write_pieces(path, _zipped(arrays))
+
+
+def write_arrays(path: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """An ``.npz`` of arrays in memory; the same arrays are the same bytes."""
+    members = {f"{name}.npy": _npy_pieces([array], array.shape, array.dtype) for name, array in arrays.items()}
+    storage.write_pieces(path, _zipped(members))
 
 
 def write_array(path: str, parts: Iterable[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -74,27 +79,6 @@ def _zipped(members: Mapping[str, Iterable[bytes]]) -> Iterator[bytes]:
     yield file.taken()
 
 
-def read_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a sample file.
-
-    Raises:
-        UserError: missing, not an npz file, without ``arr_0`` and ``arr_1``, or with a label too many or too few.
-    """
-    try:
-        content = storage.read_bytes(path)
-    except OSError as error:
-        raise UserError(f"samples: {path} cannot be read; make it with tools/sample.py") from error
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            images, labels = arrays["arr_0"], arrays["arr_1"]
-    # What damage and other formats lead to: a bare array has no context, a cut file ends, a member does not inflate.
-    except (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"samples: {path} is not a sample file with arr_0 (images) and arr_1 (labels)") from error
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"samples: {path} has {images.shape[0]} images and labels of shape {list(labels.shape)}")
-    return images, labels
-
-
 def read_array(path: str, key: str) -> np.ndarray:
     """A ``.npy`` file; ``key`` is the argument to name when it cannot be read.
 
@@ -114,9 +98,14 @@ def read_array(path: str, key: str) -> np.ndarray:
 
 def write_png(path: str, image: np.ndarray) -> None:
     """uint8 [H, W, 3]."""
+    storage.write_bytes(path, as_png(image))
+
+
+def as_png(image: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] as a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    storage.write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def figure_png(figure: Figure) -> bytes:

@@ -16,7 +16,7 @@ from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import map_batches
 from rae_xla.evaluation.files import contact_sheet, write_png
 from rae_xla.evaluation.similarity import SSIM_BORDER, as_unit, psnr, ssim
-from rae_xla.losses.perceptual import TIMM_MODEL, load_perceptual_distance
+from rae_xla.losses.perceptual import TIMM_MODEL, PerceptualDistance, load_perceptual_distance
 from rae_xla.models.autoencoder import AutoencoderConfig, load_latent_decoder, load_latent_encoder
 from rae_xla.models.functional import call, tensors_of
 from rae_xla.models.pretrained import pretrained_path
@@ -24,6 +24,30 @@ from rae_xla.runtime import Runtime
 
 # torchvision's ImageNet weights, which the LPIPS of the papers stands on, where torch.hub keeps them.
 VGG_FILE = "vgg16-397923af.pth"
+
+
+class Reconstructing:
+    """Encoder and decoder as a program for `rae_xla.evaluation.batches`.
+
+    Raises:
+        UserError: weights are missing or do not fit.
+    """
+
+    def __init__(self, config: AutoencoderConfig, root: str, runtime: Runtime) -> None:
+        self._runtime = runtime
+        # The decoder first: its files are there or not, the encoder's may have to be fetched.
+        self._decoder = load_latent_decoder(config, root)
+        self._encoder = load_latent_encoder(config, root, runtime.process_index)
+
+    def tensors(self) -> dict[str, Any]:
+        """What a call is given as ``frozen``, on the host."""
+        return {"encoder": tensors_of(self._encoder), "decoder": tensors_of(self._decoder)}
+
+    def __call__(self, frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``images`` uint8 [B, H, W, 3] there and back -> [B, S, S, 3], S the decoder's image size."""
+        latents = call(self._encoder, frozen["encoder"], self._runtime, to_unit(batch["images"]))
+        images = to_bytes(call(self._decoder, frozen["decoder"], self._runtime, latents))
+        return {"images": self._runtime.split_batch(images)}
 
 
 def reconstruct(
@@ -34,16 +58,8 @@ def reconstruct(
     Raises:
         UserError: weights are missing or do not fit.
     """
-    # The decoder first: its files are there or not, the encoder's may have to be fetched.
-    decoder = load_latent_decoder(config, root)
-    encoder = load_latent_encoder(config, root, runtime.process_index)
-
-    def there_and_back(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        latents = call(encoder, frozen["encoder"], runtime, to_unit(batch["images"]))
-        return {"images": to_bytes(call(decoder, frozen["decoder"], runtime, latents))}
-
-    frozen = {"encoder": tensors_of(encoder), "decoder": tensors_of(decoder)}
-    parts = map_batches(there_and_back, frozen, {"images": images}, batch_size, runtime, "reconstructing")
+    program = Reconstructing(config, root, runtime)
+    parts = map_batches(program, program.tensors(), {"images": images}, batch_size, runtime, "reconstructing")
     return np.concatenate([part["images"] for part in parts])
 
 
@@ -87,16 +103,21 @@ def read_image(path: str) -> Image.Image:
         raise UserError(f"IMAGE: {path} cannot be read ({error})") from error
 
 
+def lpips_network(root: str) -> PerceptualDistance | None:
+    """LPIPS with VGG's weights, or ``None`` if these are not on this machine, see `lpips`."""
+    files = [pretrained_path(TIMM_MODEL, root), str(Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE)]
+    file = next((file for file in files if storage.exists(file)), None)
+    return None if file is None else load_perceptual_distance(file, "LPIPS")
+
+
 def lpips(originals: np.ndarray, reconstructions: np.ndarray, root: str) -> np.ndarray | None:
     """LPIPS with VGG of each image, float32 [n]; uint8 [n, H, W, 3] both.
 
     ``None`` if VGG's weights are neither where a training puts them in ``root`` nor in torch.hub's folder of
     checkpoints; nothing is downloaded.
     """
-    files = [pretrained_path(TIMM_MODEL, root), str(Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE)]
-    file = next((file for file in files if storage.exists(file)), None)
-    if file is None:
+    network = lpips_network(root)
+    if network is None:
         return None
-    network = load_perceptual_distance(file, "LPIPS")
     pairs = zip(as_unit(originals).float(), as_unit(reconstructions).float(), strict=True)
     return np.array([network(2 * first[None] - 1, 2 * second[None] - 1).item() for first, second in pairs])

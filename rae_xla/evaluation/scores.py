@@ -1,83 +1,120 @@
-"""Scores of reconstructions and samples; samples are seen with the eyes of an independent classifier, the judge.
+"""Scores of samples against a reference, in an extractor's features, by ADM's protocol where that is Inception.
 
-These are not FID: that name belongs to Inception features and ADM's references. The Fréchet distance here is taken in
-the judge's hidden layer, against the held-out split, and its name says so.
+Names are kept apart: ``fid``, ``sfid``, ``inception_score``, ``precision`` and ``recall`` are Inception's. In other
+spaces the name says which: ``frechet_distance_dinov2_b``, ``judge_frechet_distance``.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from rae_xla import storage
-from rae_xla.data.sources import ImageSet, open_in_memory
+from rae_xla.data.sources import ImageSet
 from rae_xla.errors import UserError
-from rae_xla.evaluation.batches import map_batches
+from rae_xla.evaluation.batches import Columns
 from rae_xla.evaluation.distances import (
+    IMAGES_PER_SPLIT,
+    NUM_NEIGHBOURS,
     frechet_distance,
     identical_images,
+    inception_score,
     nearest_neighbour_distances,
+    precision_and_recall,
 )
-from rae_xla.evaluation.features import JudgeFeatures
-from rae_xla.evaluation.files import contact_sheet, read_samples, write_png
-from rae_xla.evaluation.reconstruction import reconstruct
-from rae_xla.evaluation.similarity import as_unit, psnr
-from rae_xla.recipe import EvaluationRecipe, save_recipe
-from rae_xla.runtime import Runtime
+from rae_xla.evaluation.features import Extractor, InceptionFeatures
+from rae_xla.evaluation.measured import Measured
+
+logger = logging.getLogger(__name__)
+
+Scores = dict[str, Any]
+
+# How distances are computed, for manifests.
+ARITHMETIC = {
+    "frechet_distance": "float64",
+    "precision_and_recall": f"float32, squared distances, k = {NUM_NEIGHBOURS}",
+    "inception_score": f"float64, splits of {IMAGES_PER_SPLIT} in file order, logits without bias",
+}
 
 
-class Judge:
-    """The independent classifier, and the held-out images that samples are compared with."""
+def scores_of(extractor: Extractor, samples: Measured, reference: Measured) -> Scores:
+    """Scores of samples, by their names; ``None`` for those that need images where there are statistics only.
 
-    def __init__(self, recipe: EvaluationRecipe, runtime: Runtime) -> None:
-        self._recipe = recipe
-        self._runtime = runtime
-        self.heldout: ImageSet = open_in_memory(recipe.data, "heldout")
-        judge = recipe.judge
-        path = None if judge.weights is None else recipe.path(judge.weights)
-        size, num_classes = recipe.data.image_size, self.heldout.num_classes
-        self._features = JudgeFeatures(judge, size, num_classes, path, "judge.weights")
+    Raises:
+        UserError: too few images for precision and recall.
+    """
+    first, second, space = samples.gaussians["features"], reference.gaussians["features"], extractor.space
+    for who, gaussian in (("samples", first), ("reference", second)):
+        if gaussian.count is not None:
+            check_enough(gaussian.count, who, len(gaussian.mean))
+    distance = frechet_distance(first, second)
+    if space == "judge":
+        return {"judge_frechet_distance": distance}
+    manifold: tuple[float | None, float | None] = (None, None)
+    if samples.seen is not None and reference.seen is not None:
+        manifold = precision_and_recall(reference.seen["features"], samples.seen["features"])
+    if not isinstance(extractor, InceptionFeatures):
+        names = (f"{name}_{space}" for name in ("frechet_distance", "precision", "recall"))
+        return dict(zip(names, (distance, *manifold), strict=True))
+    spatial = [measured.gaussians.get("spatial") for measured in (samples, reference)]
+    return {
+        "fid": distance,
+        "sfid": None if spatial[0] is None or spatial[1] is None else frechet_distance(spatial[0], spatial[1]),
+        "inception_score": None
+        if samples.seen is None
+        else inception_score(samples.seen["features"], extractor.logits_weight),
+        "precision": manifold[0],
+        "recall": manifold[1],
+    }
 
-    def look(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [n, H, W, 3] -> (features float32 [n, F], predicted labels int64 [n])."""
 
-        def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._features(frozen, batch["images"], self._runtime)
+def check_enough(count: int, who: str, width: int = 0) -> None:
+    """Warns of fewer images than a covariance of ``width`` features needs.
 
-        size, tensors = self._recipe.data.batch_size, self._features.tensors()
-        parts = list(map_batches(view, tensors, {"images": images}, size, self._runtime, "judging"))
-        return np.concatenate([p["features"] for p in parts]), np.concatenate([p["predicted"] for p in parts])
+    Raises:
+        UserError: fewer than precision and recall need.
+    """
+    if count <= NUM_NEIGHBOURS:
+        raise UserError(f"{who}: {count} images are too few for scores; {NUM_NEIGHBOURS + 1} are the least")
+    if count <= width:
+        logger.warning(
+            "%s: %d images are too few for a covariance of %d features; distances of so few are larger, and do not "
+            "compare with those of more", who, count, width,
+        )  # fmt: skip
 
-    def score_samples(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float | int | None]:
-        """How many samples the judge recognises, how far they are from real ones, and how they differ from each other.
 
-        ``neighbour_distance`` and ``real_neighbour_distance`` are means over as many images of each class, since a
-        larger set has nearer neighbours; ``None`` if a class has one image only.
+def recognised_share(seen: Columns, labels: np.ndarray) -> float:
+    """Of the images, those that a classifier takes for their label."""
+    return float((seen["predicted"] == labels).mean())
 
-        Raises:
-            UserError: fewer than two images, or not uint8 [n, S, S, 3] of the recipe's size.
-        """
-        size = self.heldout.images.shape[1:]
-        if images.dtype != np.uint8 or images.shape[1:] != size:
-            found = f"{images.dtype} {list(images.shape)}"
-            raise UserError(f"samples: arr_0 is {found}, should be uint8 [n, {', '.join(map(str, size))}]")
-        if len(images) < 2:
-            raise UserError("samples: at least 2 are needed for scores")
-        both, predicted = self.look(np.concatenate([images, self.heldout.images]))
-        num = len(images)
-        kept, kept_real = matched_classes(labels, self.heldout.labels)
-        real = nearest_neighbour_distances(self.heldout.images[kept_real], self.heldout.labels[kept_real])
-        return {
-            "num_samples": num,
-            "recognised_share": float((predicted[:num] == labels).mean()),
-            "judge_heldout_accuracy": float((predicted[num:] == self.heldout.labels).mean()),
-            "judge_frechet_distance": frechet_distance(both[:num], both[num:]),
-            "identical_images": identical_images(images),
-            "neighbour_distance": _mean_or_none(nearest_neighbour_distances(images[kept], labels[kept])),
-            "real_neighbour_distance": _mean_or_none(real),
-        }
+
+def warn_of_order(labels: np.ndarray | None) -> None:
+    """The Inception Score is of splits in file order, and collapses if each has few of the classes."""
+    if labels is None or len(labels) <= IMAGES_PER_SPLIT:
+        return
+    classes = len(np.unique(labels))
+    first = len(np.unique(labels[:IMAGES_PER_SPLIT]))
+    if first < min(classes, IMAGES_PER_SPLIT) / 2:
+        logger.warning(
+            "samples: the first %d have %d of %d classes; Inception Scores are of splits in file order, and too low "
+            "where classes are not mixed", IMAGES_PER_SPLIT, first, classes,
+        )  # fmt: skip
+
+
+def likeness(images: np.ndarray, labels: np.ndarray, real: ImageSet) -> Scores:
+    """How samples differ from each other, in grey levels, with real images beside.
+
+    Distances are means over as many images of each class, since a larger set has nearer neighbours; ``None`` if a class
+    has one image only.
+    """
+    kept, kept_real = matched_classes(labels, real.labels)
+    of_real = nearest_neighbour_distances(real.images[kept_real], real.labels[kept_real])
+    return {
+        "identical_images": identical_images(images),
+        "neighbour_distance": _mean_or_none(nearest_neighbour_distances(images[kept], labels[kept])),
+        "real_neighbour_distance": _mean_or_none(of_real),
+    }
 
 
 def _mean_or_none(distances: np.ndarray) -> float | None:
@@ -93,22 +130,3 @@ def matched_classes(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, 
         for indices, of_class in zip(kept, members, strict=True):
             indices.append(of_class[:number])
     return np.concatenate(kept[0]), np.concatenate(kept[1])
-
-
-def evaluate_generation(recipe: EvaluationRecipe, runtime: Runtime, samples: str) -> dict[str, Any]:
-    """Scores of a sample file."""
-    images, labels = read_samples(samples)
-    return Judge(recipe, runtime).score_samples(images, labels)
-
-
-def evaluate_reconstruction(recipe: EvaluationRecipe, runtime: Runtime, num_shown: int = 40) -> dict[str, Any]:
-    """PSNR on the held-out split; writes ``reconstructions.png``, each image above its reconstruction."""
-    originals = open_in_memory(recipe.data, "heldout").images
-    reconstructions = reconstruct(recipe.autoencoder, recipe.root, originals, recipe.data.batch_size, runtime)
-    run_dir = recipe.path(recipe.run_dir)
-    if runtime.process_index == 0:
-        columns = num_shown // 2
-        pairs = [part[row : row + columns] for row in (0, columns) for part in (originals, reconstructions)]
-        save_recipe(recipe, run_dir)
-        write_png(storage.join(run_dir, "reconstructions.png"), contact_sheet(np.concatenate(pairs), columns))
-    return {"psnr": float(psnr(as_unit(originals), as_unit(reconstructions)).mean()), "num_images": len(originals)}

@@ -107,7 +107,9 @@ def load_latent_encoder(config: LatentEncoderConfig, root: str, process_index: i
     return module
 
 
-def encoder_weights_path(config: LatentEncoderConfig, root: str, process_index: int = 0) -> str:
+def encoder_weights_path(
+    config: LatentEncoderConfig, root: str, process_index: int = 0, key: str = "autoencoder.encoder.weights"
+) -> str:
     """The file of the encoder's weights, fetched if the configuration names none; see `weights_path`.
 
     Raises:
@@ -115,7 +117,6 @@ def encoder_weights_path(config: LatentEncoderConfig, root: str, process_index: 
     """
     encoder = config.encoder
     unpublished = "an encoder with sizes of its own" if encoder.has_own_sizes else None
-    key = "autoencoder.encoder.weights"
     return weights_path(encoder.weights, encoder.timm_model, root, key, process_index, unpublished=unpublished)
 
 

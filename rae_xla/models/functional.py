@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -124,6 +125,14 @@ class Preparation(Protocol):
 
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a value that may lie in parts."""
+
+
+@dataclass
+class InFloat32:
+    """A `Preparation` for scores, which are computed in float32 whatever the precision of a training or a sampler."""
+
+    whole: Callable[[Tensor], Tensor]
+    compute_dtype: torch.dtype = torch.float32
 
 
 def call(

@@ -1,21 +1,31 @@
-"""Published weights of timm's models: fetched once from the Hugging Face hub, kept under the recipe's ``root``."""
+"""Published files: weights of timm's models from the Hugging Face hub, others by their address.
+
+Each is fetched once and kept under the recipe's ``root``.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import posixpath
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
+from typing import Any
+from urllib.request import urlopen
 
 import timm
 
 from rae_xla import storage
-from rae_xla.errors import UserError
+from rae_xla.errors import UserError, first_line
 from rae_xla.models.loading import values_wanted
 
 logger = logging.getLogger(__name__)
 
 WAIT_SECONDS = 1800.0
+DOWNLOAD_TIMEOUT_SECONDS = 30.0
+_PIECE_BYTES = 8 * 2**20
 
 
 def weights_path(
@@ -54,16 +64,32 @@ def pretrained_weights(
         UserError: no network or no such model, or process 0 did not deliver in time; names ``key`` and the remedy.
     """
     path = pretrained_path(timm_model, root)
+    _by_the_first(lambda: _fetch(timm_model, path, key), path, key, process_index, wait_seconds)
+    return path
+
+
+def downloaded(url: str, sha256: str | None, root: str, key: str, process_index: int = 0) -> str:
+    """The path of a published file, ``ROOT/pretrained/`` and its name, which `pretrained_weights` is like.
+
+    Raises:
+        UserError: it cannot be fetched, or is not the file of this SHA-256; names ``key`` and the remedy.
+    """
+    path = storage.join(root, "pretrained", posixpath.basename(url))
+    _by_the_first(lambda: _download(url, path, sha256, key), path, key, process_index, WAIT_SECONDS)
+    return path
+
+
+def _by_the_first(fetch: Callable[[], None], path: str, key: str, process_index: int, wait_seconds: float) -> None:
+    """Have process 0 fetch what is not there, and the others wait for it."""
     if process_index == 0:
         if not storage.exists(path):
-            _fetch(timm_model, path, key)
-        return path
+            fetch()
+        return
     deadline = time.monotonic() + wait_seconds
     while not storage.exists(path):
         if time.monotonic() > deadline:
             raise UserError(f"{key}: process 0 has not written {path}; root must be a place that all hosts share")
         time.sleep(min(5.0, wait_seconds))
-    return path
 
 
 def pretrained_path(timm_model: str, root: str) -> str:
@@ -96,3 +122,34 @@ def _fetch(timm_model: str, path: str, key: str) -> None:
             f"with no network, put the file of huggingface.co/timm/{timm_model} somewhere and give its path here"
         ) from error
     storage.write_tensors(path, backbone.state_dict())
+
+
+def _download(url: str, path: str, sha256: str | None, key: str) -> None:
+    logger.info("fetching %s into %s", url, path)
+    known = "" if sha256 is None else f" (SHA-256 {sha256})"
+
+    def pieces(response: Any) -> Iterator[bytes]:
+        digest = hashlib.sha256()
+        with _told_as_a_fetch(url, path, known, key):
+            while piece := response.read(_PIECE_BYTES):
+                digest.update(piece)
+                yield piece
+        # Before it has its name.
+        if sha256 is not None and digest.hexdigest() != sha256:
+            raise UserError(f"{key}: {url} sent another file than the one that was published{known}; try again")
+
+    with _told_as_a_fetch(url, path, known, key):
+        response = urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+    with response:
+        storage.write_pieces(path, pieces(response))
+
+
+@contextmanager
+def _told_as_a_fetch(url: str, path: str, known: str, key: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"{key}: {url} cannot be fetched ({first_line(error)}); with no network, put that file{known} at {path}, "
+            "or give its path here"
+        ) from error

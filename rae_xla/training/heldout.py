@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from rae_xla.evaluation.batches import batch_size_for, own_rows, padded
 from rae_xla.evaluation.files import contact_sheet
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
 from rae_xla.losses.perceptual import PerceptualDistance
-from rae_xla.models.functional import call
+from rae_xla.models.functional import InFloat32, call
 from rae_xla.runtime import Runtime
 from rae_xla.training.looks import Seen
 
@@ -40,14 +39,6 @@ class HeldoutConfig(Config):
     num_images: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=256, gt=0)
     num_shown: int = Field(default=8, ge=0)
-
-
-@dataclass
-class _InFloat32:
-    """LPIPS is a score here, whatever the precision of training is."""
-
-    whole: Callable[[Tensor], Tensor]
-    compute_dtype: torch.dtype = torch.float32
 
 
 class HeldoutReconstruction:
@@ -137,6 +128,6 @@ class HeldoutReconstruction:
                 scores["ssim"] = ssim(seen, original)
             if self._perceptual is not None:
                 both = 2 * seen - 1, 2 * original - 1
-                scores["lpips"] = call(self._perceptual, frozen["perceptual"], _InFloat32(self._runtime.whole), *both)
+                scores["lpips"] = call(self._perceptual, frozen["perceptual"], InFloat32(self._runtime.whole), *both)
             sums = {name: (values * is_real).sum() for name, values in scores.items()}
         return state, {**sums, "images": pixels}

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from rae_xla.config import Config
-from rae_xla.models.classifier import ConvNetConfig
+from rae_xla.evaluation.features import FeaturesConfig
 
 
 class PreviewConfig(Config):
@@ -23,13 +23,14 @@ class PreviewConfig(Config):
 class ScoringConfig(Config):
     """Scores of samples, every so many epochs and at the end; their names say of how many.
 
-    ``judge``: the classifier that says whether it recognises them, and in whose features they are compared with the
-    held-out images of a set in memory.
+    ``features``: the space they are compared in; a classifier also says whether it recognises them. ``reference``: as
+    ``--reference`` of ``tools/evaluate.py``; ``null`` takes the held-out images of a set in memory.
     """
 
     every_epochs: float = Field(gt=0)
-    num_images: int = Field(default=10_000, ge=2)
-    judge: ConvNetConfig
+    num_images: int = Field(default=10_000, ge=4)
+    features: FeaturesConfig
+    reference: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,32 +1,36 @@
-"""Samples of a diffusion model's averaged weights while it trains: pictures, and scores by what a judge sees."""
+"""Samples of a diffusion model's averaged weights while it trains: pictures, and scores in an extractor's features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rae_xla.data.sources import open_in_memory
-from rae_xla.evaluation.batches import Share, own_rows, padded, run_batches
-from rae_xla.evaluation.distances import frechet_distance
-from rae_xla.evaluation.features import JudgeFeatures
+from rae_xla.data.sources import SOURCES, ImageSet, open_in_memory
+from rae_xla.evaluation.batches import Columns, Share, as_step, batch_size_for, gathered, own_rows, padded
+from rae_xla.evaluation.features import load_extractor
 from rae_xla.evaluation.files import contact_sheet
+from rae_xla.evaluation.gaussian import Gaussian
 from rae_xla.evaluation.generation import Sampler, labels_of, sample_columns
+from rae_xla.evaluation.measured import MOMENTS, Measured, Measuring, view
+from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
+from rae_xla.evaluation.reference import open_reference
+from rae_xla.evaluation.scores import recognised_share, scores_of
+from rae_xla.evaluation.stored_images import ImagesInMemory
 from rae_xla.hosts import Hosts
 from rae_xla.models.diffusion import DiffusionModel
 from rae_xla.recipe import DiffusionRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.training.looks import ScoringConfig, Seen
 
-JUDGE_KEY = "scoring.judge.weights"
+WEIGHTS_KEY = "scoring.features.weights"
 COLUMNS_OF_A_PREVIEW = 10
 
-IndexedRows = list[tuple[int, np.ndarray]]
-"""By the sample's index."""
+IndexedColumns = list[tuple[np.ndarray, Columns]]
+"""Indices of samples, and what was found of them."""
 
 
 class SampleLook:
@@ -35,7 +39,7 @@ class SampleLook:
     Previews and scores share a program.
 
     Raises:
-        UserError: weights of the decoder, the guide or the judge are missing or do not fit.
+        UserError: weights of the decoder, the guide or the extractor, or the reference, are missing or do not fit.
     """
 
     title = "samples"
@@ -46,7 +50,7 @@ class SampleLook:
         self._recipe, self._runtime, self._num_steps = recipe, runtime, num_steps
         self._hosts = Hosts(runtime)
         self._sampler = Sampler(recipe, runtime, module)
-        self._judge = None if recipe.scoring is None else _Judge(recipe, recipe.scoring, runtime, self._hosts)
+        self._scored = None if recipe.scoring is None else _Scored(recipe, recipe.scoring, runtime, self._hosts)
         self._looks = {
             name: (max(1, round(config.every_epochs * steps_per_epoch)), config.num_images)
             for name, config in (("preview", recipe.preview), ("scoring", recipe.scoring))
@@ -64,32 +68,34 @@ class SampleLook:
 
     def prepare(self, state: Any, frozen: Any) -> None:
         """See `Look`."""
-        judge = {} if self._judge is None else {"judge": self._judge.prepared()}
-        self._constants = self._runtime.place_frozen({**self._sampler.constants(), **judge})
+        self._constants = self._runtime.place_frozen(self._sampler.constants())
         self._program.prepare({}, self._given(state, frozen), next(self._batches(1))[1])
+        if self._scored is not None:
+            self._scored.prepare(batch_size_for(self._batch_size, self._runtime) // self._runtime.num_processes)
 
     def __call__(self, step: int, state: Any, frozen: Any, leaves: Callable[[], bool]) -> Seen | None:
         """See `Look`. The picture has the first samples, in rows of ten."""
         num_shown, num_scored = self._num_due("preview", step), self._num_due("scoring", step)
         given = self._given(state, frozen)
-        rows: dict[str, IndexedRows] = {"images": [], "features": [], "predicted": []}
+        shown: IndexedColumns = []
+        scored: IndexedColumns = []
         for indices, batch in self._batches(max(num_shown, num_scored)):
             if leaves():
                 return None
             _, made = self._program({}, given, batch)
-            for name, number in (("images", num_shown), ("features", num_scored), ("predicted", num_scored)):
-                if len(indices) and indices[0] < number:
-                    own = own_rows({name: made[name]}, self._runtime)[name]
-                    rows[name] += _up_to(number, indices, own)
+            if len(indices) and indices[0] < num_shown:
+                shown.append((indices[indices < num_shown], own_rows(made, self._runtime)))
+            # All hosts take part in every batch, whether or not they have a sample left.
+            if self._scored is not None and num_scored:
+                scored.append((indices[indices < num_scored], self._scored.features(made)))
         values: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
         if num_shown:
-            pictures["samples"] = contact_sheet(
-                _gathered(self._hosts, rows["images"]), min(COLUMNS_OF_A_PREVIEW, num_shown)
-            )
-        if num_scored and self._judge is not None:
-            seen = {name: _gathered(self._hosts, rows[name]) for name in ("features", "predicted")}
-            values = self._judge.scores(seen, self._labels[:num_scored])
+            images = gathered(shown, num_shown, self._hosts)["images"]
+            pictures["samples"] = contact_sheet(images, min(COLUMNS_OF_A_PREVIEW, num_shown))
+        if self._scored is not None and num_scored:
+            found = gathered(scored, num_scored, self._hosts)
+            values = self._scored.scores(found, self._labels[:num_scored])
         return Seen(values, pictures)
 
     def _num_due(self, name: str, step: int) -> int:
@@ -108,52 +114,54 @@ class SampleLook:
 
     def _made(self, state: Any, frozen: Any, batch: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
-            images = self._sampler.images(frozen, batch, self._recipe.seed)["images"]
-            seen = {} if self._judge is None else self._judge.features(frozen["judge"], images, self._runtime)
-            # Each host takes its own rows of them.
-            return state, {name: self._runtime.split_batch(made) for name, made in {"images": images, **seen}.items()}
+            return state, {"images": self._sampler.images(frozen, batch, self._recipe.seed)["images"]}
 
 
-def _up_to(number: int, indices: np.ndarray, rows: np.ndarray) -> IndexedRows:
-    return [(index, row) for index, row in zip(indices.tolist(), rows, strict=False) if index < number]
-
-
-def _gathered(hosts: Hosts, rows: IndexedRows) -> np.ndarray:
-    everywhere = chain.from_iterable(hosts.of_all(rows))
-    return np.stack([row for _, row in sorted(everywhere, key=lambda found: found[0])])
-
-
-class _Judge:
-    """What samples are scored by: a classifier, and what it sees of held-out images."""
+class _Scored:
+    """What samples are scored by: an extractor, as a program of its own in float32, and a reference."""
 
     def __init__(self, recipe: DiffusionRecipe, config: ScoringConfig, runtime: Runtime, hosts: Hosts) -> None:
-        self._hosts = hosts
-        self._heldout = open_in_memory(recipe.data, "heldout")
-        self._runtime, self._batch_size = runtime, recipe.sampler.batch_size
-        path = None if config.judge.weights is None else recipe.path(config.judge.weights)
-        size, num_classes = recipe.data.image_size, self._heldout.num_classes
-        self.features = JudgeFeatures(config.judge, size, num_classes, path, JUDGE_KEY)
+        self._runtime, self._config = runtime, config
+        self._heldout = self._opened(recipe)
+        self._path, self._about = ("", {}) if config.reference is None else open_reference(
+            config.reference, "generation", recipe.root, runtime.process_index
+        )  # fmt: skip
+        num_classes = None if self._heldout is None else self._heldout.num_classes
+        self._size = recipe.autoencoder.image_size
+        self._extractor = load_extractor(
+            config.features, self._size, num_classes, recipe.root, WEIGHTS_KEY, runtime.process_index
+        )
+        self._measuring = Measuring(self._extractor, recipe.sampler.batch_size, runtime, hosts)
+        self._program = runtime.compile(as_step(view(self._extractor, runtime)), "features", exact=True)
+        self._tensors: Any = None
+        self._reference: Measured | None = None
 
-    def prepared(self) -> dict[str, Any]:
-        """The classifier's tensors; looks at the held-out images."""
-        tensors = self.features.tensors()
+    @staticmethod
+    def _opened(recipe: DiffusionRecipe) -> ImageSet | None:
+        return open_in_memory(recipe.data, "heldout") if recipe.data.source in SOURCES else None
 
-        def view(frozen: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            features = self.features(frozen, batch["images"], self._runtime)["features"]
-            return {"features": self._runtime.split_batch(features)}
+    def prepare(self, images_of_host: int) -> None:
+        """Measure the reference, and compile what looks at a batch of which this host has so many images."""
+        if self._config.reference is not None:
+            self._reference = self._measuring.file(self._path, "reference", REFERENCE_KEY, self._about)
+        elif self._heldout is not None:
+            images = ImagesInMemory("held-out images", self._heldout.images)
+            self._reference = self._measuring.images(images, "held-out images", "data.source")
+        self._tensors = self._runtime.place_frozen(self._extractor.tensors())
+        blank = torch.zeros(images_of_host, self._size, self._size, 3, dtype=torch.uint8)
+        self._program.prepare({}, self._tensors, self._runtime.place_batch({"images": blank}))
 
-        images = self._heldout.images
-        own = Share.of(np.arange(len(images)), self._batch_size, self._runtime)
-        rows = ({"images": images[given]} for given in own.given)
-        seen = run_batches(view, tensors, lambda _: rows, len(images), own.batch_size, self._runtime, "held-out images")
-        found = [_up_to(len(images), i, part["features"]) for i, (_, part) in zip(own.batches, seen, strict=True)]
-        self._real = _gathered(self._hosts, list(chain.from_iterable(found)))
-        return tensors
+    def features(self, made: dict[str, Tensor]) -> Columns:
+        """What the extractor sees of this host's images, which are on the devices."""
+        _, seen = self._program({}, self._tensors, made)
+        return own_rows(seen, self._runtime)
 
-    def scores(self, seen: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
+    def scores(self, seen: Columns, labels: np.ndarray) -> dict[str, float]:
         """Named after the number of samples; without labels there is nothing to recognise."""
+        assert self._reference is not None
+        gaussians = {name: Gaussian.of(seen[name]) for name in MOMENTS if name in seen}
+        scores = scores_of(self._extractor, Measured(gaussians, {}, seen), self._reference)
+        if "predicted" in seen and self._heldout is not None and labels.max() < self._heldout.num_classes:
+            scores["recognised_share"] = recognised_share(seen, labels)
         number = f"{len(labels) // 1000}k" if len(labels) % 1000 == 0 else str(len(labels))
-        scores = {f"judge_frechet_distance_{number}": frechet_distance(seen["features"], self._real)}
-        if labels.max() < self._heldout.num_classes:
-            scores[f"recognised_share_{number}"] = float((seen["predicted"] == labels).mean())
-        return scores
+        return {f"{name}_{number}": value for name, value in scores.items() if value is not None}

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch_xla
-import torch_xla.backends
 import torch_xla.core.xla_model as xm
 import torch_xla.debug.profiler as profiler
 import torch_xla.runtime as xr
@@ -20,6 +19,7 @@ from rae_xla.precision import Precision, compute_dtype, effective_precision
 from rae_xla.runtime import Tree
 from rae_xla.sharding import AXES, MeshConfig, Partition
 from rae_xla.xla.mesh import Mesh, copied
+from rae_xla.xla.products import multiply_float32
 from rae_xla.xla.scan import device_scan
 from rae_xla.xla.step import CompiledStep
 
@@ -44,10 +44,8 @@ class XLARuntime:
         self._mesh = Mesh(mesh)
         self.sharding = self._mesh.sharding
         self._device = torch_xla.device()
-        # A TPU multiplies float32 in bfloat16 unless told otherwise; global to the process.
-        products: Literal["highest", "default"] = "highest" if precision == "fp32_highest" else "default"
-        if torch_xla.backends.get_mat_mul_precision() != products:
-            torch_xla.backends.set_mat_mul_precision(products)
+        # Global to the process.
+        multiply_float32(exact=precision == "fp32_highest")
 
     def describe(self) -> dict[str, Any]:
         """See `Runtime`."""
@@ -103,9 +101,11 @@ class XLARuntime:
         several = self.num_processes > 1
         return tree_map(lambda tensor: self._put(tensor, self.sharding.batch(tensor.ndim), per_process=several), tree)
 
-    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> CompiledStep:
+    def compile(
+        self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str, *, exact: bool = False
+    ) -> CompiledStep:
         """See `Runtime`."""
-        return CompiledStep(function, name)
+        return CompiledStep(function, name, exact=exact)
 
     def barrier(self, tensors: list[Tensor]) -> list[Tensor]:
         """See `Runtime`."""

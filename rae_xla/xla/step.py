@@ -23,6 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 from torch_xla._dynamo.dynamo_bridge import extract_internal
 
 from rae_xla.xla.mesh import keep_sharding
+from rae_xla.xla.products import exact_products
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,13 @@ class CompiledStep:
     """Calls ``function(state, frozen, batch) -> (state, outputs)`` as one XLA program.
 
     The state's buffers are donated: after a call the old state is gone. The new state keeps the old one's sharding.
-    Structure, shapes, types and shardings of all inputs are fixed by the first call.
+    Structure, shapes, types and shardings of all inputs are fixed by the first call. ``exact``: see
+    `rae_xla.runtime.Runtime.compile`.
     """
 
-    def __init__(self, function: Step, name: str) -> None:
+    def __init__(self, function: Step, name: str, *, exact: bool = False) -> None:
         self.name = name
+        self._exact = exact
         self.compile_seconds: float | None = None
         self.wait_seconds = 0.0
         self._function = function
@@ -117,7 +120,7 @@ class CompiledStep:
             return results
 
         try:
-            with _known_by_their_data(tensors):
+            with _known_by_their_data(tensors), exact_products(self._exact):
                 self._replay = extract_internal(_Traceable(traced, tensors))  # type: ignore[arg-type]
         except BaseException:
             # What was traced so far hangs on placeholders, and the next synchronisation would try to compute it.

@@ -19,6 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from rae_xla.precision import Precision
 from rae_xla.runtime import TracedArgument, TracedProgram, Tree
 from rae_xla.sharding import MeshConfig, Partition
+from rae_xla.xla.products import exact_products
 from rae_xla.xla.runtime import XLARuntime
 from rae_xla.xla.source_lines import source_lines
 
@@ -32,9 +33,11 @@ class TracingRuntime(XLARuntime):
         super().__init__(mesh, precision)
         self.partitions: Any = WeakTensorKeyDictionary()
 
-    def compile(self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str) -> Any:
+    def compile(
+        self, function: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]], name: str, *, exact: bool = False
+    ) -> Any:
         """See `Runtime`."""
-        return TracingStep(function, name, self)
+        return TracingStep(function, name, self, exact=exact)
 
     def marked_as(self, tensor: Tensor, partition: Partition) -> None:
         """Have an output lie so."""
@@ -50,9 +53,15 @@ class TracingStep:
     """Traces ``function(state, frozen, batch) -> (state, outputs)`` as `CompiledStep` does."""
 
     def __init__(
-        self, function: Callable[[Any, Any, Any], tuple[Any, Any]], name: str, runtime: TracingRuntime
+        self,
+        function: Callable[[Any, Any, Any], tuple[Any, Any]],
+        name: str,
+        runtime: TracingRuntime,
+        *,
+        exact: bool = False,
     ) -> None:
         self.name = name
+        self._exact = exact
         self.compile_seconds: float | None = None
         self.wait_seconds = 0.0
         self._function = function
@@ -70,7 +79,8 @@ class TracingStep:
         for (_, old), new in zip(inputs[:num_state], results, strict=False):
             self._runtime.marked_as(new, partitions[old])
         context = torch_xla._XLAC.lowering.LoweringContext(self.name)
-        context.build(results)
+        with exact_products(self._exact):
+            context.build(results)
 
         def argument(name: str, tensor: Tensor, replaced_by: int | None = None) -> TracedArgument:
             partition = partitions.get(tensor, ())

@@ -1,0 +1,113 @@
+"""What stands beside scores: a manifest that says how they came about, and a report for people."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rae_xla import __version__, storage
+from rae_xla.config import flattened
+from rae_xla.errors import UserError
+from rae_xla.evaluation.features import Extractor
+from rae_xla.evaluation.measured import Measured
+from rae_xla.evaluation.sample_set import MANIFEST_FILE
+from rae_xla.evaluation.score_report import score_report
+from rae_xla.evaluation.scores import ARITHMETIC, Scores
+from rae_xla.precision import effective_precision
+from rae_xla.recipe import EvaluationRecipe
+from rae_xla.runtime import Runtime
+
+REPORT_FILE = "report.html"
+# What of a manifest moves no score: where files lie, how long it took, and in what portions.
+IGNORED = ("path", "seconds", "made_now", "batch_size", "num_devices", "mesh")
+# And what may move its last digits.
+ROUNDING = ("device", "runtime", "torch", "torch_xla", "rae_xla")
+
+
+def score_manifest(
+    recipe: EvaluationRecipe,
+    runtime: Runtime,
+    extractor: Extractor,
+    scores: Scores,
+    samples: Measured,
+    reference: Measured,
+    sampling: Mapping[str, Any] | None,
+    started: float,
+) -> dict[str, Any]:
+    """All that decides the scores. ``sampling``: the manifest of the samples; ``started``: by ``perf_counter``."""
+    labels = None if samples.images is None else samples.images.labels
+    described = runtime.describe()
+    return {
+        "scores": scores,
+        "samples": {**samples.about, "content_sha256": _content(samples), "labels": label_counts(labels)},
+        "sampling": None if sampling is None else dict(sampling),
+        "reference": reference.about,
+        "features": extractor.about(),
+        "precision": effective_precision("fp32_highest", described["device"]),
+        "distances": ARITHMETIC,
+        "batch_size": recipe.batch_size,
+        "rae_xla": __version__,
+        "runtime": {name: value for name, value in described.items() if name not in ("precision",)},
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def label_counts(labels: np.ndarray | None) -> dict[str, Any] | None:
+    """How many classes there are, and how many images of the rarest and of the most frequent one."""
+    if labels is None:
+        return None
+    counts = np.unique(labels, return_counts=True)[1]
+    digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+    return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max()), "sha256": digest}
+
+
+def _content(samples: Measured) -> str | None:
+    path = str(samples.about["path"])
+    return storage.content_hash(path) if not storage.is_directory(path) else None
+
+
+def write_scores(directory: str, manifest: Mapping[str, Any], samples: Measured, reference: Measured) -> None:
+    """``manifest.json`` and ``report.html``."""
+    storage.write_json(storage.join(directory, MANIFEST_FILE), manifest)
+    storage.write_text(storage.join(directory, REPORT_FILE), score_report(manifest, samples, reference))
+
+
+def compare(first: str, second: str) -> dict[str, Any]:
+    """What differs between two manifests of scores, given as files or folders.
+
+    ``moves_scores`` and ``moves_last_digits``: keys with both values. ``scores``: both values of each.
+
+    Raises:
+        UserError: a file is missing, or no manifest of scores.
+    """
+    manifests = [_read_manifest(path) for path in (first, second)]
+    flat = [dict(flattened({k: v for k, v in manifest.items() if k != "scores"})) for manifest in manifests]
+    found: dict[str, Any] = {"moves_scores": {}, "moves_last_digits": {}}
+    for key in dict.fromkeys((*flat[0], *flat[1])):
+        values = [manifest.get(key) for manifest in flat]
+        last = key.rpartition(".")[2]
+        if values[0] == values[1] or last in IGNORED or any(f".{name}." in f".{key}." for name in IGNORED):
+            continue
+        found["moves_last_digits" if last in ROUNDING else "moves_scores"][key] = values
+    scores = [manifest["scores"] for manifest in manifests]
+    names = dict.fromkeys((*scores[0], *scores[1]))
+    return {**found, "scores": {name: [of_one.get(name) for of_one in scores] for name in names}}
+
+
+def _read_manifest(path: str) -> dict[str, Any]:
+    file = path if path.endswith(".json") else storage.join(path, MANIFEST_FILE)
+    try:
+        content = storage.read_json(file)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: no manifest of scores is there; tools/evaluate.py writes one beside scores"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: {file} is not JSON; make the scores again") from error
+    if not isinstance(content, dict) or not isinstance(content.get("scores"), dict):
+        raise UserError(f"{path}: {file} is no manifest of scores; give the folder that tools/evaluate.py wrote")
+    return content
