@@ -14,6 +14,7 @@ from pathlib import Path
 import photos
 import pytest
 from faulty_bucket import BUCKET, FaultyProxy, faulty_bucket
+from inception_weights import write_weights
 
 from rae_xla import storage
 from rae_xla.runtime import create
@@ -82,6 +83,14 @@ def one_device_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows() -> photos.Rows:
     """A hundred JPEG images of 80x60 and their labels."""
     return photos.samples(100)
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of Inception's weights, at random."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    write_weights(path)
+    return path
 
 
 @pytest.fixture

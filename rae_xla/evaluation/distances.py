@@ -28,7 +28,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """
     difference = first.mean - second.mean
     root = _root(first.covariance)
-    mixed = eigh(root.T @ second.covariance @ root, eigvals_only=True, check_finite=False).clip(min=0.0)
+    mixed = eigh(root.T @ second.covariance @ root, eigvals_only=True, driver="evd").clip(min=0.0)
     trace = np.trace(first.covariance) + np.trace(second.covariance) - 2.0 * np.sqrt(mixed).sum()
     return float(difference @ difference + trace)
 
@@ -36,9 +36,9 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
 def _root(covariance: np.ndarray) -> np.ndarray:
     """A with S = A A': triangular where S is of full rank, which is the sooner found."""
     try:
-        return cholesky(covariance, lower=True, check_finite=False)
+        return cholesky(covariance, lower=True)
     except np.linalg.LinAlgError:
-        values, vectors = eigh(covariance, check_finite=False)
+        values, vectors = eigh(covariance, driver="evd")
         return vectors * np.sqrt(values.clip(min=0.0))
 
 

@@ -171,10 +171,10 @@ class Inception(nn.Module):
         x = self.conv2d_4a_3x3(self.conv2d_3b_1x1(x))
         x = functional.max_pool2d(x, 3, stride=2)  # [B, 192, 35, 35]
         x = self.mixed_5d(self.mixed_5c(self.mixed_5b(x)))
-        x = self.mixed_6c(self.mixed_6b(self.mixed_6a(x)))  # [B, 768, 17, 17]
-        spatial = self.mixed_6d.get_submodule("branch1x1")(x)[:, :SPATIAL_CHANNELS]
-        x = self.mixed_6e(self.mixed_6d(x))
-        x = self.mixed_7c(self.mixed_7b(self.mixed_7a(x)))  # [B, 2048, 8, 8]
+        x = self.mixed_6d(self.mixed_6c(self.mixed_6b(self.mixed_6a(x))))  # [B, 768, 17, 17]
+        # Of the first branch, whose channels come first.
+        spatial = x[:, :SPATIAL_CHANNELS]
+        x = self.mixed_7c(self.mixed_7b(self.mixed_7a(self.mixed_6e(x))))  # [B, 2048, 8, 8]
         return x.mean(dim=(2, 3)), spatial.permute(0, 2, 3, 1).flatten(1)
 
 

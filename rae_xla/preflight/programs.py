@@ -13,16 +13,21 @@ from typing import Any, TypeVar
 import numpy as np
 
 from rae_xla.data.loader import blank_batch
-from rae_xla.data.sources import ImageSet, ShardedImages, open_images, open_source
+from rae_xla.data.sources import ImageSet, ShardedImages, num_classes_of, open_images, open_source
 from rae_xla.errors import UserError
+from rae_xla.evaluation.features import load_extractor
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.evaluation.latent_stats import Progress, statistics_so_far
+from rae_xla.evaluation.measured import Measuring
 from rae_xla.evaluation.reconstruction import reconstruct
+from rae_xla.evaluation.stored_images import ImagesInMemory
+from rae_xla.hosts import Hosts
 from rae_xla.models.loading import without_values
 from rae_xla.recipe import (
     AutoencoderRecipe,
     CommonRecipe,
     DiffusionRecipe,
+    EvaluationRecipe,
     LatentStatsRecipe,
     ReconstructionRecipe,
     SamplingRecipe,
@@ -38,6 +43,8 @@ from rae_xla.training.tasks import task_of
 
 P = TypeVar("P", TracedProgram, CountedProgram)
 RECONSTRUCTED_PER_DEVICE = 8
+# Of images that scores are of, where the recipe has no data.
+SCORED_IMAGE_SIZE = 256
 
 
 def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
@@ -55,6 +62,8 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
         programs["latent_stats"] = lambda runtime: _latent_stats(recipe, runtime)
     if isinstance(recipe, ReconstructionRecipe):
         programs["reconstruct"] = lambda runtime: _reconstruct(recipe, runtime)
+    if isinstance(recipe, EvaluationRecipe):
+        programs["features"] = lambda runtime: _features(recipe, runtime)
     if not programs:
         raise UserError(f"task: {recipe.task!r} has no program to look at")
     return programs
@@ -138,3 +147,12 @@ def _reconstruct(recipe: ReconstructionRecipe, runtime: Runtime) -> None:
     size = recipe.autoencoder.image_size
     images = np.zeros((RECONSTRUCTED_PER_DEVICE * runtime.num_devices, size, size, 3), dtype=np.uint8)
     reconstruct(recipe.autoencoder, recipe.root, images, len(images), runtime)
+
+
+def _features(recipe: EvaluationRecipe, runtime: Runtime) -> None:
+    size = SCORED_IMAGE_SIZE if recipe.data is None else recipe.data.image_size
+    num_classes = None if recipe.data is None else num_classes_of(recipe.data, recipe.root)
+    extractor = load_extractor(recipe.features, size, num_classes, recipe.root, "features.weights")
+    images = np.zeros((recipe.batch_size, size, size, 3), dtype=np.uint8)
+    measuring = Measuring(extractor, recipe.batch_size, runtime, Hosts(runtime))
+    measuring.images(ImagesInMemory("blank images", images), "features", "features")

@@ -5,6 +5,7 @@ torch_xla has one setting for the process, which products get when they are lowe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,8 @@ import torch_xla.backends
 
 def multiply_float32(*, exact: bool) -> None:
     """From now on, in what is lowered."""
-    # To set it writes a line into the log.
+    # It warns of being set more than once; tests/test_inception.py looks at what each program gets.
+    logging.getLogger(torch_xla.backends.__name__).setLevel(logging.ERROR)
     if torch_xla.backends.get_mat_mul_precision() != (wanted := "highest" if exact else "default"):
         torch_xla.backends.set_mat_mul_precision(wanted)
 
