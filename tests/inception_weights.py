@@ -50,7 +50,7 @@ def blotches(num_images: int, size: int, seed: int) -> np.ndarray:
     """uint8 [n, S, S, 3], each of its own mean colour, coarse and fine."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (num_images, 4, 4, 3)).repeat(size // 4, 1).repeat(size // 4, 2)
-    mixed = (
-        coarse * generator.uniform(0.2, 1, (num_images, 1, 1, 3)) + generator.normal(0, 20, (num_images, size, size, 3))
+    mixed = coarse * generator.uniform(0.2, 1, (num_images, 1, 1, 3)) + generator.normal(
+        0, 20, (num_images, size, size, 3)
     )
     return mixed.clip(0, 255).astype(np.uint8)

@@ -14,35 +14,14 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 
-import torch
-import torch.distributed as dist
+from simulated_hosts import start_host
 
 from rae_xla import storage
 from rae_xla.evaluation import sample_set
 from rae_xla.evaluation.sample_set import PARTS, write_sample_set
 from rae_xla.recipe import load_recipe
-from rae_xla.runtime import create
-
-
-def host(rank: int, num_hosts: int, meeting: str, recipe: str, out: str, num_images: int) -> None:
-    """Does not return."""
-    code = 1
-    try:
-        torch.set_num_threads(1)
-        loaded = load_recipe(recipe, [])
-        runtime = create("eager", loaded.mesh, loaded.precision)
-        runtime.process_index, runtime.num_processes, runtime.num_devices = rank, num_hosts, num_hosts
-        if num_hosts > 1:
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=num_hosts)
-        write_sample_set(loaded, runtime, out, seed=loaded.seed, num_images=num_images)
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    sys.stderr.flush()
-    os._exit(code)
+from rae_xla.runtime import Runtime
 
 
 def stored(out: str) -> int:
@@ -54,14 +33,14 @@ def stored(out: str) -> int:
 
 def job(num_hosts: int, recipe: str, out: str, num_images: int, kill_at: int | None) -> bool:
     """Whether it came to its end; it is killed when so many samples are stored."""
+    loaded = load_recipe(recipe, [])
+
+    def write(runtime: Runtime) -> None:
+        write_sample_set(loaded, runtime, out, seed=loaded.seed, num_images=num_images)
+
     with tempfile.TemporaryDirectory() as folder:
-        children = []
-        for rank in range(num_hosts):
-            child = os.fork()
-            if not child:
-                host(rank, num_hosts, f"{folder}/meeting", recipe, out, num_images)
-            children.append(child)
-        running, codes = set(children), []
+        running = {start_host(rank, num_hosts, f"{folder}/meeting", loaded, write) for rank in range(num_hosts)}
+        codes = []
         while running:
             time.sleep(0.01)
             for child in list(running):

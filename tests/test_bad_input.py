@@ -7,7 +7,6 @@ import logging
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import run_tool
@@ -172,26 +171,6 @@ def test_weights_of_another_model(tmp_path: Path) -> None:
     (tmp_path / "encoder" / "weights.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="not a safetensors file, or is cut short"):
         train(recipe, create("eager", recipe.mesh, recipe.precision))
-
-
-def test_samples_that_are_none(tmp_path: Path) -> None:
-    from rae_xla.evaluation.files import read_samples
-
-    with pytest.raises(UserError, match=r"tools/sample.py"):
-        read_samples(str(tmp_path / "none.npz"))
-    np.savez(tmp_path / "other.npz", pixels=np.zeros(3))
-    np.savez_compressed(tmp_path / "whole.npz", np.zeros((9, 4, 4, 3), np.uint8), np.arange(9))
-    whole = (tmp_path / "whole.npz").read_bytes()
-    (tmp_path / "empty.npz").touch()
-    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "damaged.npz").write_bytes(whole[:60] + bytes(20) + whole[80:])
-    np.save(tmp_path / "bare.npz.npy", np.zeros(3))
-    for name in ("other.npz", "empty.npz", "cut.npz", "damaged.npz", "bare.npz.npy"):
-        with pytest.raises(UserError, match="arr_0"):
-            read_samples(str(tmp_path / name))
-    np.savez(tmp_path / "uneven.npz", np.zeros((9, 4, 4, 3), np.uint8), np.arange(8))
-    with pytest.raises(UserError, match=r"has 9 images and labels of shape \[8\]"):
-        read_samples(str(tmp_path / "uneven.npz"))
 
 
 JUDGE = "recipes/quickstart/judge.yaml"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -20,12 +21,16 @@ from test_sampling import root as root
 from rae_xla import storage
 from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation import sample_set
-from rae_xla.evaluation.files import read_samples
 from rae_xla.evaluation.generation import Sampler, labels_of
 from rae_xla.evaluation.sample_set import write_sample_set
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
+
+
+def read_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(io.BytesIO(storage.read_bytes(path))) as arrays:
+        return arrays["arr_0"], arrays["arr_1"]
 
 
 def made_by(root: Path, out: Path, num_images: int, batch_size: int, hosts: list[int], kills: int) -> tuple:

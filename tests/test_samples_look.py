@@ -12,8 +12,9 @@ from conftest import run_python, run_tool
 from look_hosts import looked
 from PIL import Image
 
+from rae_xla.evaluation.files import write_samples
 from rae_xla.evaluation.generation import Sampler, labels_of
-from rae_xla.evaluation.scores import Judge
+from rae_xla.evaluation.scoring import evaluate_generation
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
@@ -25,7 +26,8 @@ JUDGE = "{name: convnet, width: 32, feature_width: 128, weights: judge/weights.s
 # Ten steps of the 45 that an epoch has.
 LOOKS = [
     "runtime=eager", "train.num_epochs=0.223", "train.warmup_epochs=0", "checkpoint.every_steps=5",
-    "preview={every_epochs: 0.09, num_images: 12}", f"scoring={{every_epochs: 0.112, num_images: 50, judge: {JUDGE}}}",
+    "preview={every_epochs: 0.09, num_images: 12}",
+    f"scoring={{every_epochs: 0.112, num_images: 50, features: {JUDGE}}}",
     "sampler.batch_size=16", "log.trackers=[]",
 ]  # fmt: skip
 
@@ -54,8 +56,9 @@ def test_scores_are_those_of_the_exported_weights(looked_at: Path) -> None:
     recipe = load_recipe(RECIPE, [f"root={looked_at}", *LOOKS, "run_dir=looked_at"])
     labels = labels_of("balanced", recipe.seed, 50, 10)
     images = Sampler(recipe, eager()).sample(labels, recipe.seed)["images"]
-    judge = Judge(load_recipe("recipes/quickstart/evaluation.yaml", [f"root={looked_at}", "runtime=eager"]), eager())
-    expected = judge.score_samples(images, labels)
+    write_samples(str(looked_at / "looked.npz"), [images], images.shape, labels)
+    evaluation = load_recipe("recipes/quickstart/evaluation.yaml", [f"root={looked_at}"])
+    expected = evaluate_generation(evaluation, eager(), str(looked_at / "looked.npz"), None)
     found = read_metrics(str(looked_at / "looked_at" / "metrics.jsonl"))[-1]
     assert found["judge_frechet_distance_50"] == pytest.approx(expected["judge_frechet_distance"], rel=1e-3)
     assert found["recognised_share_50"] == pytest.approx(expected["recognised_share"])
@@ -103,16 +106,16 @@ def test_looks_may_change_on_resume(looked_at: Path) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["scoring.judge.weights=null"], "scoring.judge.weights: required here"),
-        (["scoring.judge.weights=none.safetensors"], "scoring.judge.weights: .*cannot be read"),
-        (["scoring.judge.width=16"], "scoring.judge.weights: .*does not fit"),
+        (["scoring.features.weights=null"], "scoring.features.weights: required here"),
+        (["scoring.features.weights=none.safetensors"], "scoring.features.weights: .*cannot be read"),
+        (["scoring.features.width=16"], "scoring.features.weights: .*does not fit"),
         (["autoencoder.decoder.weights=null"], "autoencoder.decoder.weights: required here"),
         (
             ["guidance={method: classifier_free, scale: 2.0}", "flow.label_dropout=0.0"],
             "guidance.method: classifier_free",
         ),
         (["flow.label_dropout=1.0"], "sampler.labels: must be unconditional"),
-        (["data.source=train.json"], "scoring: needs held-out images of a set in memory"),
+        (["data.source=train.json"], "scoring.reference: required here"),
         (["train.decay_end_epoch=0.1", "train.decay_start_epoch=0.2"], "decay_end_epoch: 0.1 must be after 0.2"),
     ],
 )

@@ -95,12 +95,10 @@ def evaluate_reconstruction(
     extractor = load_extractor(recipe.features, size, heldout.num_classes, recipe.root, "features.weights")
     perceptual = lpips_network(recipe.root)
     if perceptual is None:
-        logger.warning("lpips: left out; VGG-16's weights are neither in %s/pretrained nor in torch.hub's", recipe.root)
+        logger.info("lpips: left out; VGG-16's weights are neither in %s/pretrained nor in torch.hub's", recipe.root)
     columns, sheet = _compared(recipe, runtime, heldout, extractor, perceptual)
     count = num_rows_of(columns)
-    made = _measured(
-        "images", columns, {"path": "reconstructions", "num_images": count, "made_with": _made_with(recipe)}
-    )
+    made = _measured("images", columns, {"num_images": count, "made_with": _made_with(recipe)})
     check_enough(count, "held-out images", len(made.gaussians["features"].mean))
     if reference is None:
         of_originals = {"path": recipe.data.source, "name": None, "num_images": count}

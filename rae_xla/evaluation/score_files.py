@@ -43,7 +43,7 @@ def score_manifest(
     described = runtime.describe()
     return {
         "scores": scores,
-        "samples": {**samples.about, "content_sha256": _content(samples), "labels": label_counts(labels)},
+        "samples": {**samples.about, "labels": label_counts(labels)},
         "sampling": None if sampling is None else dict(sampling),
         "reference": reference.about,
         "features": extractor.about(),
@@ -63,11 +63,6 @@ def label_counts(labels: np.ndarray | None) -> dict[str, Any] | None:
     counts = np.unique(labels, return_counts=True)[1]
     digest = hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max()), "sha256": digest}
-
-
-def _content(samples: Measured) -> str | None:
-    path = str(samples.about["path"])
-    return storage.content_hash(path) if not storage.is_directory(path) else None
 
 
 def write_scores(directory: str, manifest: Mapping[str, Any], samples: Measured, reference: Measured) -> None:

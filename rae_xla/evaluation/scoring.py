@@ -14,7 +14,7 @@ from rae_xla.evaluation.features import load_extractor
 from rae_xla.evaluation.measured import Measured, Measuring
 from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
 from rae_xla.evaluation.reference import open_reference
-from rae_xla.evaluation.sample_set import MANIFEST_FILE
+from rae_xla.evaluation.sample_set import MANIFEST_FILE, SAMPLES_FILE
 from rae_xla.evaluation.score_files import score_manifest, write_scores
 from rae_xla.evaluation.scores import Scores, likeness, recognised_share, scores_of, warn_of_order
 from rae_xla.evaluation.stored_images import ImagesInMemory, has_images, open_stored
@@ -49,7 +49,7 @@ def evaluate_generation(
     num_classes = None if heldout is None else heldout.num_classes
     extractor = load_extractor(recipe.features, size, num_classes, recipe.root, WEIGHTS_KEY, runtime.process_index)
     measuring = Measuring(extractor, recipe.batch_size, runtime, hosts)
-    made = measuring.file(samples, "samples", SAMPLES_KEY)
+    made = measuring.file(samples, "samples", SAMPLES_KEY, _content(samples))
     labels = None if made.images is None else made.images.labels
     if heldout is not None and reference is None:
         real = measuring.images(
@@ -104,6 +104,12 @@ def _judged(made: Measured, real: Measured, heldout: ImageSet) -> dict[str, Any]
     if real.seen is not None and len(real.seen["predicted"]) == len(heldout.labels):
         found["judge_heldout_accuracy"] = recognised_share(real.seen, heldout.labels)
     return found | likeness(np.concatenate(list(images.rows(0, len(images), len(images)))), labels, heldout)
+
+
+def _content(samples: str) -> dict[str, Any]:
+    """The hash of samples.npz; folders of pictures have none."""
+    file = samples if samples.endswith(".npz") else storage.join(samples, SAMPLES_FILE)
+    return {"sha256": storage.content_hash(file) if storage.exists(file) else None}
 
 
 def _folder_of(samples: str) -> str:
