@@ -13,19 +13,25 @@ import pytest
 import torch
 from conftest import run_tool
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from rae_xla.benchmarks.decoder import RECIPE, write_untrained
 from rae_xla.data.loader import training_batches
 from rae_xla.data.sources import open_in_memory
+from rae_xla.evaluation.distances import frechet_distance
+from rae_xla.evaluation.features import load_extractor
+from rae_xla.evaluation.measured import Measuring
 from rae_xla.evaluation.reconstruction import reconstruct
 from rae_xla.evaluation.similarity import as_unit, psnr, ssim
+from rae_xla.evaluation.stored_images import ImagesInMemory
+from rae_xla.hosts import Hosts
 from rae_xla.losses.adversarial import decoder_loss
 from rae_xla.losses.augmentation import augmented, drawn
 from rae_xla.losses.perceptual import load_perceptual_distance
 from rae_xla.models.autoencoder import LatentDecoder, load_latent_encoder
+from rae_xla.models.classifier import ConvNet, ConvNetConfig
 from rae_xla.models.discriminator import DiscriminatorHeads, load_features
 from rae_xla.models.functional import buffers_of, call, tensors_of
 from rae_xla.models.loading import initialised
@@ -51,19 +57,24 @@ SMALL = [
     "heldout.num_images=5",
     "heldout.batch_size=4",
     "heldout.every_steps=4",
+    "heldout.features={name: convnet, width: 4, feature_width: 8, weights: judge.safetensors}",
     "log.every_steps=1",
     "checkpoint.every_steps=1",
     "checkpoint.keep=9",
 ]
+SET_DISTANCE = "heldout_judge_reconstruction_frechet_distance_5"
 # VGG takes a CPU minutes to compile, and seconds a step to run.
 PLAIN = "perceptual=null"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the untrained encoder, VGG and DINO are."""
+    """Where the untrained encoder, VGG, DINO and a classifier are."""
     path = tmp_path_factory.mktemp("photographs")
     write_untrained(small_recipe(path))
+    judge = ConvNetConfig(name="convnet", width=4, feature_width=8)
+    module = initialised(lambda: ConvNet(judge, image_size=32, num_classes=2), 0)
+    save_file(module.state_dict(), path / "judge.safetensors")
     return path
 
 
@@ -193,7 +204,7 @@ def test_xla_compiles_every_phase_first_and_trains_as_eager_does(
     told = [record.getMessage() for record in caplog.records]
     compiled = [re.match(r"(\w+): traced and compiled", line) for line in told]
     names = [match[1] for match in compiled if match]
-    assert names == ["decoder_reconstruction", "decoder_discriminator", "decoder_adversarial", "heldout"]
+    assert names == ["decoder_reconstruction", "decoder_discriminator", "decoder_adversarial", "heldout", "features"]
     first_scores = next(number for number, line in enumerate(told) if "held-out images: " in line)
     assert max(number for number, match in enumerate(compiled) if match) < first_scores
     ours, expected = (load_file(run / "weights.safetensors") for run in (root / "xla", plain_run))
@@ -201,7 +212,7 @@ def test_xla_compiles_every_phase_first_and_trains_as_eager_does(
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=2e-4)
     lines, others = (read_metrics(str(run / "metrics.jsonl")) for run in (root / "xla", plain_run))
     for line, other in zip(lines, others, strict=True):
-        for name in ("loss", "adaptive_weight", "discriminator_loss", "heldout_psnr", "heldout_ssim"):
+        for name in ("loss", "adaptive_weight", "discriminator_loss", "heldout_psnr", "heldout_ssim", SET_DISTANCE):
             assert (name in line) == (name in other)
             assert name not in line or line[name] == pytest.approx(other[name], rel=2e-3), (name, line["step"])
 
@@ -217,6 +228,11 @@ def test_held_out_scores_are_those_of_the_exported_weights(root: Path, eager_run
     network = load_perceptual_distance(str(root / "vgg16.safetensors"), "perceptual.weights")
     pair: list[Tensor] = [2 * as_unit(of).float() - 1 for of in (images, made)]
     assert lines[-1]["heldout_lpips"] == pytest.approx(float(network(*pair).mean()), rel=1e-4)
+    runtime = create("eager", MeshConfig(), "fp32")
+    extractor = load_extractor(recipe.heldout.features, 32, 2, recipe.root, "weights")
+    measuring = Measuring(extractor, 5, runtime, Hosts(runtime))
+    sets = [measuring.images(ImagesInMemory("set", of), "set", "set").gaussians["features"] for of in (images, made)]
+    assert lines[-1][SET_DISTANCE] == pytest.approx(frechet_distance(*sets), rel=1e-3)
     sheet = np.asarray(Image.open(eager_run / "samples" / "reconstructions_00000006.png"))
     assert sheet.shape == (2 * 34 + 2, 4 * 34 + 2, 3)
     assert np.array_equal(sheet[2:34, 2:34], images[0]) and np.array_equal(sheet[36:68, 2:34], made[0])

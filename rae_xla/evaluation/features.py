@@ -47,6 +47,7 @@ def _kind(content: Any) -> str:
     return str(name) if name in ("inception", "convnet") else "encoder"
 
 
+Features = InceptionConfig | ConvNetConfig | EncoderConfig
 FeaturesConfig = Annotated[
     Annotated[InceptionConfig, Tag("inception")]
     | Annotated[ConvNetConfig, Tag("convnet")]
@@ -193,7 +194,7 @@ class JudgeFeatures:
 
 
 def load_extractor(
-    config: InceptionConfig | ConvNetConfig | EncoderConfig,
+    config: Features,
     image_size: int,
     num_classes: int | None,
     root: str,

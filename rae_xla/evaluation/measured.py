@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,24 @@ ABOUT = "about"
 
 @dataclass(frozen=True)
 class Measured:
-    """``gaussians``: by column. ``seen`` and ``images``: where there are images. ``about``: for manifests."""
+    """``gaussians``: by column. ``seen`` and ``images``: where there are images. ``about``: for manifests.
+
+    ``labels``: ints [n], where they are known.
+    """
 
     gaussians: dict[str, Gaussian]
     about: dict[str, Any]
     seen: Columns | None = None
     images: StoredImages | None = None
+    labels: np.ndarray | None = None
+
+    @staticmethod
+    def of(
+        seen: Columns, about: dict[str, Any], images: StoredImages | None = None, labels: np.ndarray | None = None
+    ) -> Measured:
+        """What an extractor sees of images."""
+        gaussians = {column: Gaussian.of(seen[column]) for column in MOMENTS if column in seen}
+        return Measured(gaussians, about, seen, images, labels)
 
 
 class Measuring:
@@ -51,8 +63,8 @@ class Measuring:
             UserError: images are no pictures, or features are no numbers; names ``key``.
         """
         seen = self._seen(images, name, key)
-        gaussians = {column: Gaussian.of(seen[column]) for column in MOMENTS if column in seen}
-        return Measured(gaussians, {"path": images.path, "num_images": len(images), **(about or {})}, seen, images)
+        about = {"path": images.path, "num_images": len(images), **(about or {})}
+        return Measured.of(seen, about, images, images.labels)
 
     def file(self, path: str, name: str, key: str, about: Mapping[str, Any] | None = None) -> Measured:
         """Of a file or folder. Statistics in it come before those of its images, as ADM has it: they are of more.
@@ -70,7 +82,7 @@ class Measuring:
                 )
             return Measured(gaussians, {"path": path, **said})
         found = self.images(open_stored(path, key), name, key, said)
-        return Measured({**found.gaussians, **gaussians}, found.about, found.seen, found.images)
+        return replace(found, gaussians={**found.gaussians, **gaussians})
 
     def _seen(self, images: StoredImages, name: str, key: str) -> Columns:
         own = Share.of(np.arange(len(images)), min(self._batch_size, len(images)), self._runtime)

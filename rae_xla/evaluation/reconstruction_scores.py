@@ -22,13 +22,12 @@ from rae_xla.evaluation.batches import Columns, check_one_host, num_rows_of, run
 from rae_xla.evaluation.distances import frechet_distance
 from rae_xla.evaluation.features import Extractor, load_extractor
 from rae_xla.evaluation.files import contact_sheet, write_png
-from rae_xla.evaluation.gaussian import Gaussian
 from rae_xla.evaluation.measured import MOMENTS, Measured, Measuring, check_numbers
 from rae_xla.evaluation.reconstruction import Reconstructing, lpips_network
 from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
 from rae_xla.evaluation.reference import open_reference
 from rae_xla.evaluation.score_files import score_manifest, write_scores
-from rae_xla.evaluation.scores import Scores, check_enough
+from rae_xla.evaluation.scores import Scores, check_enough, reconstruction_distance
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
 from rae_xla.hosts import Hosts
 from rae_xla.losses.perceptual import PerceptualDistance
@@ -107,13 +106,12 @@ def evaluate_reconstruction(
         measuring = Measuring(extractor, recipe.batch_size, runtime, Hosts(runtime))
         real = measuring.file(path, "reference", REFERENCE_KEY, about)
     distance = frechet_distance(made.gaussians["features"], real.gaussians["features"])
-    space = "rfid" if extractor.space == "inception" else f"{extractor.space}_reconstruction_frechet_distance"
     means = {name: float(columns[name].mean(dtype=np.float64)) if name in columns else None for name in OF_EACH}
-    scores = {space: distance, **means, "num_images": count}
+    scores = {reconstruction_distance(extractor.space): distance, **means, "num_images": count}
     directory = out or recipe.path(recipe.run_dir)
     save_recipe(recipe, directory)
     write_png(storage.join(directory, "reconstructions.png"), sheet)
-    manifest = score_manifest(recipe, runtime, extractor, scores, made, real, None, started)
+    manifest = score_manifest(runtime, extractor, scores, made, real, None, recipe.batch_size, started)
     write_scores(directory, manifest, made, real)
     return scores
 
@@ -160,7 +158,7 @@ def _compared(
 
 def _measured(which: str, columns: Columns, about: dict[str, Any]) -> Measured:
     seen = {name: columns[f"{which}.{name}"] for name in MOMENTS if f"{which}.{name}" in columns}
-    return Measured({name: Gaussian.of(values) for name, values in seen.items()}, about, seen)
+    return Measured.of(seen, about)
 
 
 def _made_with(recipe: EvaluationRecipe) -> dict[str, Any]:

@@ -24,14 +24,13 @@ from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation.batches import Columns, Share
 from rae_xla.evaluation.files import contact_sheet, read_array, write_array, write_png, write_samples
 from rae_xla.evaluation.generation import SampledRecipe, Sampler, labels_of, sample_columns
+from rae_xla.evaluation.score_files import MANIFEST_FILE, SAMPLES_FILE
 from rae_xla.hosts import Hosts
 from rae_xla.recipe import save_recipe
 from rae_xla.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 
-SAMPLES_FILE = "samples.npz"
-MANIFEST_FILE = "manifest.json"
 # What the samples of a folder are, from the first one on.
 PLAN_FILE = "plan.json"
 PARTS = "parts"

@@ -14,14 +14,16 @@ from rae_xla.config import flattened
 from rae_xla.errors import UserError
 from rae_xla.evaluation.features import Extractor
 from rae_xla.evaluation.measured import Measured
-from rae_xla.evaluation.sample_set import MANIFEST_FILE
 from rae_xla.evaluation.score_report import score_report
 from rae_xla.evaluation.scores import ARITHMETIC, Scores
 from rae_xla.precision import effective_precision
-from rae_xla.recipe import EvaluationRecipe
 from rae_xla.runtime import Runtime
 
+MANIFEST_FILE = "manifest.json"
+SAMPLES_FILE = "samples.npz"
 REPORT_FILE = "report.html"
+# Where scores lie, beside samples.
+SCORES = "scores"
 # What of a manifest moves no score: where files lie, how long it took, and in what portions.
 IGNORED = ("path", "seconds", "made_now", "batch_size", "num_devices", "mesh")
 # And what may move its last digits.
@@ -29,27 +31,26 @@ ROUNDING = ("device", "runtime", "torch", "torch_xla", "rae_xla")
 
 
 def score_manifest(
-    recipe: EvaluationRecipe,
     runtime: Runtime,
     extractor: Extractor,
     scores: Scores,
     samples: Measured,
     reference: Measured,
     sampling: Mapping[str, Any] | None,
+    batch_size: int,
     started: float,
 ) -> dict[str, Any]:
     """All that decides the scores. ``sampling``: the manifest of the samples; ``started``: by ``perf_counter``."""
-    labels = None if samples.images is None else samples.images.labels
     described = runtime.describe()
     return {
         "scores": scores,
-        "samples": {**samples.about, "labels": label_counts(labels)},
+        "samples": {**samples.about, "labels": label_counts(samples.labels)},
         "sampling": None if sampling is None else dict(sampling),
         "reference": reference.about,
         "features": extractor.about(),
         "precision": effective_precision("fp32_highest", described["device"]),
         "distances": ARITHMETIC,
-        "batch_size": recipe.batch_size,
+        "batch_size": batch_size,
         "rae_xla": __version__,
         "runtime": {name: value for name, value in described.items() if name not in ("precision",)},
         "seconds": round(time.perf_counter() - started, 2),

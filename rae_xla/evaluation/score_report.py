@@ -66,7 +66,7 @@ def score_report(manifest: Mapping[str, Any], made: Measured, reference: Measure
     scores, features = manifest["scores"], manifest["features"]["name"]
     published = PUBLISHED.get(str(manifest["reference"].get("name")), [])
     rows = [{"name": "this", **scores}, *[{**row, "name": f"paper: {row['name']}"} for row in published]]
-    images, labels = made.images, None if made.images is None else made.images.labels
+    images, labels = made.images, made.labels
     sheet = None
     if images is not None:
         first = np.arange(min(NUM_SHOWN, len(images)))

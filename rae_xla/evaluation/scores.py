@@ -84,6 +84,11 @@ def check_enough(count: int, who: str, width: int = 0) -> None:
         )  # fmt: skip
 
 
+def reconstruction_distance(space: str) -> str:
+    """What the distance of reconstructions from their originals is called in an extractor's space."""
+    return "rfid" if space == "inception" else f"{space}_reconstruction_frechet_distance"
+
+
 def recognised_share(seen: Columns, labels: np.ndarray) -> float:
     """Of the images, those that a classifier takes for their label."""
     return float((seen["predicted"] == labels).mean())

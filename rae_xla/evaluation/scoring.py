@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from rae_xla import storage
-from rae_xla.data.sources import SOURCES, ImageSet, open_in_memory
+from rae_xla.data.sources import SOURCES, DataConfig, open_in_memory
 from rae_xla.errors import UserError
-from rae_xla.evaluation.features import load_extractor
+from rae_xla.evaluation.features import Features, load_extractor
 from rae_xla.evaluation.measured import Measured, Measuring
 from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
 from rae_xla.evaluation.reference import open_reference
-from rae_xla.evaluation.sample_set import MANIFEST_FILE, SAMPLES_FILE
-from rae_xla.evaluation.score_files import score_manifest, write_scores
+from rae_xla.evaluation.score_files import MANIFEST_FILE, SAMPLES_FILE, SCORES, score_manifest, write_scores
 from rae_xla.evaluation.scores import Scores, likeness, recognised_share, scores_of, warn_of_order
 from rae_xla.evaluation.stored_images import ImagesInMemory, has_images, open_stored
 from rae_xla.hosts import Hosts
@@ -27,83 +26,115 @@ SAMPLES_KEY = "--samples"
 WEIGHTS_KEY = "features.weights"
 
 
+class SampleScoring:
+    """Samples against a reference, in the features of an extractor: stored ones, those of a job, those of a training.
+
+    ``reference``: a file, a folder or one of `rae_xla.evaluation.reference.NAMED`; ``None``: the held-out split of
+    ``data``, a set in memory. ``image_size``: of the samples, if they are images. ``key``: names the weights.
+
+    Raises:
+        UserError: weights or reference are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        data: DataConfig | None,
+        reference: str | None,
+        root: str,
+        image_size: int | None,
+        batch_size: int,
+        runtime: Runtime,
+        hosts: Hosts,
+        key: str = WEIGHTS_KEY,
+    ) -> None:
+        in_memory = data is not None and data.source in SOURCES
+        self._heldout = open_in_memory(data, "heldout") if data is not None and in_memory else None
+        self._path: str | None = None
+        if reference is not None:
+            self._path, self._about = open_reference(reference, "generation", root, runtime.process_index)
+        elif self._heldout is None:
+            raise UserError(
+                f"{REFERENCE_KEY}: required, unless data names a set in memory, whose held-out split is one; give a "
+                "file or a name (see --help)"
+            )
+        num_classes = None if self._heldout is None else self._heldout.num_classes
+        size = self._checked_size(image_size)
+        self.extractor = load_extractor(features, size, num_classes, root, key, runtime.process_index)
+        self.measuring = Measuring(self.extractor, batch_size, runtime, hosts)
+
+    def _checked_size(self, image_size: int | None) -> int:
+        if self._path is None:
+            assert self._heldout is not None
+            size: int | None = self._heldout.images.shape[1]
+        else:
+            no_images = self._path.endswith(".npz") and not has_images(self._path, REFERENCE_KEY)
+            size = None if no_images else open_stored(self._path, REFERENCE_KEY).image_size
+        if None not in (size, image_size) and size != image_size:
+            raise UserError(
+                f"{REFERENCE_KEY}: its images have {size} pixels a side, the samples have {image_size}; score images "
+                "of one size"
+            )
+        return image_size or size or INPUT_SIZE
+
+    def reference(self) -> Measured:
+        """Measured by all hosts."""
+        if self._path is not None:
+            return self.measuring.file(self._path, "reference", REFERENCE_KEY, self._about)
+        assert self._heldout is not None
+        images = ImagesInMemory("held-out images", self._heldout.images, self._heldout.labels)
+        about = {"name": None, "purpose": "generation", "split": "heldout"}
+        return self.measuring.images(images, "held-out images", "data.source", about)
+
+    def scores(self, made: Measured, real: Measured) -> Scores:
+        """By their names; a classifier also says how many it recognises, and how many of the held-out images."""
+        scores: Scores = {"num_samples": made.about.get("num_images"), **scores_of(self.extractor, made, real)}
+        if self._heldout is None or made.seen is None or "predicted" not in made.seen:
+            return scores
+        # Without labels there is nothing to recognise.
+        if made.labels is not None and made.labels.max() < self._heldout.num_classes:
+            scores["recognised_share"] = recognised_share(made.seen, made.labels)
+        if real.seen is not None and real.labels is not None:
+            scores["judge_heldout_accuracy"] = recognised_share(real.seen, real.labels)
+        return scores
+
+    def likeness(self, made: Measured) -> Scores:
+        """How samples differ from each other beside held-out images; nothing without both."""
+        if self._heldout is None or made.images is None or made.labels is None:
+            return {}
+        images = np.concatenate(list(made.images.rows(0, len(made.images), len(made.images))))
+        return likeness(images, made.labels, self._heldout)
+
+
 def evaluate_generation(
     recipe: EvaluationRecipe, runtime: Runtime, samples: str, reference: str | None, out: str | None = None
 ) -> Scores:
     """Scores of stored samples, by their names; ``manifest.json`` and ``report.html`` go to ``out``.
 
-    ``samples``, ``reference``: files with images, statistics or both, or folders of pictures; a reference may be one of
-    `rae_xla.evaluation.reference.NAMED`, and if none is given is the held-out split of the recipe's ``data``. ``out``:
-    beside the samples if not given. On several hosts all of them read both.
+    ``samples``: a file with images, statistics or both, or a folder of pictures; ``reference``: see `SampleScoring`.
+    ``out``: beside the samples if not given. On several hosts all of them read both.
 
     Raises:
         UserError: something is missing or does not fit.
     """
     started = time.perf_counter()
     hosts = Hosts(runtime)
-    heldout = _heldout(recipe, reference)
-    path, about = ("", {}) if reference is None else open_reference(
-        reference, "generation", recipe.root, runtime.process_index
-    )  # fmt: skip
-    size = _image_size((samples, SAMPLES_KEY), (path, REFERENCE_KEY), heldout)
-    num_classes = None if heldout is None else heldout.num_classes
-    extractor = load_extractor(recipe.features, size, num_classes, recipe.root, WEIGHTS_KEY, runtime.process_index)
-    measuring = Measuring(extractor, recipe.batch_size, runtime, hosts)
-    made = measuring.file(samples, "samples", SAMPLES_KEY, _content(samples))
-    labels = None if made.images is None else made.images.labels
-    if heldout is not None and reference is None:
-        real = measuring.images(
-            ImagesInMemory(str(recipe.data and recipe.data.source), heldout.images, heldout.labels),
-            "held-out images", "data.source", {"name": None, "purpose": "generation", "split": "heldout"},
-        )  # fmt: skip
-    else:
-        real = measuring.file(path, "reference", REFERENCE_KEY, about)
-    warn_of_order(labels)
-    scores = {"num_samples": made.about.get("num_images"), **scores_of(extractor, made, real)}
-    if extractor.space == "judge" and heldout is not None:
-        scores |= _judged(made, real, heldout)
+    has_no_images = samples.endswith(".npz") and not has_images(samples, SAMPLES_KEY)
+    size = None if has_no_images else open_stored(samples, SAMPLES_KEY).image_size
+    scoring = SampleScoring(
+        recipe.features, recipe.data, reference, recipe.root, size, recipe.batch_size, runtime, hosts
+    )
+    made = scoring.measuring.file(samples, "samples", SAMPLES_KEY, _content(samples))
+    warn_of_order(made.labels)
+    real = scoring.reference()
+    scores = scoring.scores(made, real)
+    if scoring.extractor.space == "judge":
+        scores |= scoring.likeness(made)
     beside = storage.join(_folder_of(samples), MANIFEST_FILE)
     made_by = storage.read_json(beside) if storage.exists(beside) else None
-    manifest = score_manifest(recipe, runtime, extractor, scores, made, real, made_by, started)
-    hosts.from_first(lambda: write_scores(out or storage.join(_folder_of(samples), "scores"), manifest, made, real))
+    manifest = score_manifest(runtime, scoring.extractor, scores, made, real, made_by, recipe.batch_size, started)
+    hosts.from_first(lambda: write_scores(out or storage.join(_folder_of(samples), SCORES), manifest, made, real))
     return scores
-
-
-def _heldout(recipe: EvaluationRecipe, reference: str | None) -> ImageSet | None:
-    if recipe.data is not None and recipe.data.source in SOURCES:
-        return open_in_memory(recipe.data, "heldout")
-    if reference is None:
-        raise UserError(
-            f"{REFERENCE_KEY}: required, unless data names a set in memory, whose held-out split is one; give a file "
-            "or a name (see --help)"
-        )
-    return None
-
-
-def _image_size(samples: tuple[str, str], reference: tuple[str, str], heldout: ImageSet | None) -> int:
-    """Of the images that there are, which are to be of one size."""
-    sizes = {
-        key: open_stored(path, key).image_size
-        for path, key in (samples, reference)
-        if path and not (path.endswith(".npz") and not has_images(path, key))
-    }
-    if not reference[0] and heldout is not None:
-        sizes["data.image_size"] = heldout.images.shape[1]
-    if len(set(sizes.values())) > 1:
-        found = " and ".join(f"{key} has images of {size} pixels" for key, size in sizes.items())
-        raise UserError(f"{found}; score images of one size")
-    return next(iter(sizes.values()), INPUT_SIZE)
-
-
-def _judged(made: Measured, real: Measured, heldout: ImageSet) -> dict[str, Any]:
-    """What only an independent classifier says, of sets that fit into memory."""
-    images, labels = made.images, None if made.images is None else made.images.labels
-    if made.seen is None or images is None or labels is None:
-        return {}
-    found: dict[str, Any] = {"recognised_share": recognised_share(made.seen, labels)}
-    if real.seen is not None and len(real.seen["predicted"]) == len(heldout.labels):
-        found["judge_heldout_accuracy"] = recognised_share(real.seen, heldout.labels)
-    return found | likeness(np.concatenate(list(images.rows(0, len(images), len(images)))), labels, heldout)
 
 
 def _content(samples: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How a decoder's averaged weights do on held-out images while it trains: PSNR, SSIM, LPIPS, and pictures."""
+"""How a decoder's averaged weights do on held-out images while it trains: PSNR, SSIM, LPIPS, rFID, and pictures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from torch import Tensor, nn
 
 from rae_xla.config import Config
 from rae_xla.data.loader import images_in_order
-from rae_xla.data.sources import DataConfig, open_heldout
+from rae_xla.data.sources import DataConfig, ImageSet, ShardedImages, open_heldout
 from rae_xla.data.transforms import to_bytes, to_unit
-from rae_xla.evaluation.batches import batch_size_for, own_rows, padded
+from rae_xla.evaluation.batches import Columns, as_step, batch_size_for, gathered, own_rows, padded
+from rae_xla.evaluation.distances import frechet_distance
+from rae_xla.evaluation.features import Features, FeaturesConfig, load_extractor
 from rae_xla.evaluation.files import contact_sheet
+from rae_xla.evaluation.gaussian import Gaussian
+from rae_xla.evaluation.measured import view
+from rae_xla.evaluation.scores import reconstruction_distance
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
+from rae_xla.hosts import Hosts
 from rae_xla.losses.perceptual import PerceptualDistance
 from rae_xla.models.functional import InFloat32, call
 from rae_xla.runtime import Runtime
-from rae_xla.training.looks import Seen
+from rae_xla.training.looks import Seen, counted
 
 logger = logging.getLogger(__name__)
+
+FEATURES_KEY = "heldout.features.weights"
 
 
 class HeldoutConfig(Config):
@@ -31,7 +39,8 @@ class HeldoutConfig(Config):
 
     ``source``: a manifest; ``null`` takes the held-out split of a set in memory. ``num_images``: only the first so
     many, in the manifest's order. Images are cropped in the middle. ``num_shown`` of them are kept beside their
-    reconstructions, as pictures. Every host reads all of them and scores its share.
+    reconstructions, as pictures. ``features``: a space to compare the sets in, such as ``{name: inception}`` for rFID
+    against these very images; its scores are named after their number. Every host reads all and scores its share.
     """
 
     every_steps: int = Field(gt=0)
@@ -39,6 +48,7 @@ class HeldoutConfig(Config):
     num_images: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=256, gt=0)
     num_shown: int = Field(default=8, ge=0)
+    features: FeaturesConfig | None = None
 
 
 class HeldoutReconstruction:
@@ -68,6 +78,8 @@ class HeldoutReconstruction:
         self._own = slice(runtime.process_index, None, runtime.num_processes)
         self._program = runtime.compile(self._score, "heldout")
         self._has_ssim = data.image_size > 2 * SSIM_BORDER
+        self._number = min(config.num_images or len(self._images), len(self._images))
+        self._sets = None if config.features is None else _Sets(config.features, data, root, runtime, self._images)
 
     def is_due(self, step: int) -> bool:
         """See `Look`."""
@@ -76,18 +88,26 @@ class HeldoutReconstruction:
     def prepare(self, state: Any, frozen: Any) -> None:
         """See `Look`."""
         blank = np.zeros((1, self._data.image_size, self._data.image_size, 3), np.uint8)
-        self._program.prepare({}, self._given(state, frozen), self._placed(blank))
+        placed = self._placed(blank)
+        self._program.prepare({}, self._given(state, frozen), placed)
+        if self._sets is not None:
+            self._sets.prepare(placed["images"])
 
     def __call__(self, step: int, state: Any, frozen: Any, leaves: Callable[[], bool]) -> Seen | None:
         """See `Look`. Values are means over the images; the picture shows images, and their reconstructions below."""
         given = self._given(state, frozen)
+        if self._sets is not None:
+            self._sets.begin()
         sums: dict[str, float] = {}
         shown: list[np.ndarray] = []
-        for images in self._batches():
+        for begin, images in self._batches():
             if leaves():
                 return None
-            _, found = self._program({}, given, self._placed(images))
+            placed = self._placed(images)
+            _, found = self._program({}, given, placed)
             made = found.pop("images")
+            if self._sets is not None:
+                self._sets.see(np.arange(begin, begin + len(images))[self._own], placed["images"], made)
             for name, value in self._runtime.to_host(found).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
             if not shown and self._config.num_shown:
@@ -96,18 +116,23 @@ class HeldoutReconstruction:
                 shown = [own[:few], own_rows({"images": made}, self._runtime)["images"][:few]]
         number = sums.pop("number")
         pictures = {"reconstructions": contact_sheet(np.concatenate(shown), len(shown[0]))} if len(shown) else {}
-        return Seen({f"heldout_{name}": value / number for name, value in sums.items()}, pictures)
+        values = {f"heldout_{name}": value / number for name, value in sums.items()}
+        if self._sets is not None:
+            # Images that cannot be decoded are left out.
+            values |= self._sets.score(begin + len(images))
+        return Seen(values, pictures)
 
     def _given(self, state: Any, frozen: Any) -> Any:
         kept = {part: frozen[part] for part in ("encoder", "perceptual") if part in frozen}
         return {**kept, "decoder": {**frozen["buffers"], **state["ema"]}}
 
-    def _batches(self) -> Iterator[np.ndarray]:
-        left = min(self._config.num_images or len(self._images), len(self._images))
+    def _batches(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Numbers of their first images, and the images."""
+        begin = 0
         for part in images_in_order(self._images, self._data)(self._batch_size):
-            yield part["images"][:left]
-            left -= len(part["images"])
-            if left <= 0:
+            yield begin, part["images"][: self._number - begin]
+            begin += len(part["images"])
+            if begin >= self._number:
                 return
 
     def _placed(self, images: np.ndarray) -> dict[str, Tensor]:
@@ -130,4 +155,45 @@ class HeldoutReconstruction:
                 both = 2 * seen - 1, 2 * original - 1
                 scores["lpips"] = call(self._perceptual, frozen["perceptual"], InFloat32(self._runtime.whole), *both)
             sums = {name: (values * is_real).sum() for name, values in scores.items()}
-        return state, {**sums, "images": pixels}
+        return state, {**sums, "images": self._runtime.split_batch(pixels)}
+
+
+class _Sets:
+    """Reconstructions as a set beside the images as a set, in an extractor's features."""
+
+    def __init__(
+        self, config: Features, data: DataConfig, root: str, runtime: Runtime, images: ImageSet | ShardedImages
+    ) -> None:
+        self._runtime, self._hosts = runtime, Hosts(runtime)
+        self._extractor = load_extractor(
+            config, data.image_size, images.num_classes, root, FEATURES_KEY, runtime.process_index
+        )
+        self._program = runtime.compile(as_step(view(self._extractor, runtime)), "features", exact=True)
+        self._tensors: Any = None
+        self._real: Gaussian | None = None
+        self._seen: dict[str, list[tuple[np.ndarray, Columns]]] = {"real": [], "made": []}
+
+    def prepare(self, images: Tensor) -> None:
+        """Compile for batches like this one."""
+        self._tensors = self._runtime.place_frozen(self._extractor.tensors())
+        self._program.prepare({}, self._tensors, {"images": images})
+
+    def begin(self) -> None:
+        """Forget what an earlier look has left that had to go."""
+        self._seen = {"real": [], "made": []}
+
+    def see(self, indices: np.ndarray, real: Tensor, made: Tensor) -> None:
+        """A batch of this host's images with these numbers, and what became of them."""
+        sets = {"made": made} if self._real is not None else {"real": real, "made": made}
+        for name, images in sets.items():
+            _, seen = self._program({}, self._tensors, {"images": images})
+            features = own_rows({"features": seen["features"]}, self._runtime)
+            self._seen[name].append((indices, features))
+
+    def score(self, number: int) -> dict[str, float]:
+        """Of all that was seen since `begin`."""
+        found = {name: gathered(rows, number, self._hosts)["features"] for name, rows in self._seen.items() if rows}
+        self._real = Gaussian.of(found["real"]) if "real" in found else self._real
+        assert self._real is not None
+        distance = frechet_distance(Gaussian.of(found["made"]), self._real)
+        return {f"heldout_{reconstruction_distance(self._extractor.space)}_{counted(number)}": distance}

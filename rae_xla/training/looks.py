@@ -41,6 +41,11 @@ class Seen:
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+def counted(number: int) -> str:
+    """A number of images, as the names of scores of so many end: 10k, 500."""
+    return f"{number // 1000}k" if number % 1000 == 0 else str(number)
+
+
 class Look(Protocol):
     """A program of its own beside the training step's, on the tensors that are on the devices for that."""
 

@@ -9,25 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae_xla.data.sources import SOURCES, ImageSet, open_in_memory
 from rae_xla.evaluation.batches import Columns, Share, as_step, batch_size_for, gathered, own_rows, padded
-from rae_xla.evaluation.features import load_extractor
 from rae_xla.evaluation.files import contact_sheet
-from rae_xla.evaluation.gaussian import Gaussian
 from rae_xla.evaluation.generation import Sampler, labels_of, sample_columns
-from rae_xla.evaluation.measured import MOMENTS, Measured, Measuring, view
-from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
-from rae_xla.evaluation.reference import open_reference
-from rae_xla.evaluation.scores import recognised_share, scores_of
-from rae_xla.evaluation.stored_images import ImagesInMemory
+from rae_xla.evaluation.measured import Measured, view
+from rae_xla.evaluation.scoring import SampleScoring
 from rae_xla.hosts import Hosts
 from rae_xla.models.diffusion import DiffusionModel
 from rae_xla.recipe import DiffusionRecipe
 from rae_xla.runtime import Runtime
-from rae_xla.training.looks import ScoringConfig, Seen
+from rae_xla.training.looks import ScoringConfig, Seen, counted
 
 WEIGHTS_KEY = "scoring.features.weights"
 COLUMNS_OF_A_PREVIEW = 10
+# Scores that are none of the samples'.
+OF_OTHERS = ("num_samples", "judge_heldout_accuracy")
 
 IndexedColumns = list[tuple[np.ndarray, Columns]]
 """Indices of samples, and what was found of them."""
@@ -121,33 +117,20 @@ class _Scored:
     """What samples are scored by: an extractor, as a program of its own in float32, and a reference."""
 
     def __init__(self, recipe: DiffusionRecipe, config: ScoringConfig, runtime: Runtime, hosts: Hosts) -> None:
-        self._runtime, self._config = runtime, config
-        self._heldout = self._opened(recipe)
-        self._path, self._about = ("", {}) if config.reference is None else open_reference(
-            config.reference, "generation", recipe.root, runtime.process_index
+        self._runtime, self._size = runtime, recipe.autoencoder.image_size
+        self._scoring = SampleScoring(
+            config.features, recipe.data, config.reference, recipe.root, self._size, recipe.sampler.batch_size,
+            runtime, hosts, WEIGHTS_KEY,
         )  # fmt: skip
-        num_classes = None if self._heldout is None else self._heldout.num_classes
-        self._size = recipe.autoencoder.image_size
-        self._extractor = load_extractor(
-            config.features, self._size, num_classes, recipe.root, WEIGHTS_KEY, runtime.process_index
-        )
-        self._measuring = Measuring(self._extractor, recipe.sampler.batch_size, runtime, hosts)
-        self._program = runtime.compile(as_step(view(self._extractor, runtime)), "features", exact=True)
+        program = view(self._scoring.extractor, runtime)
+        self._program = runtime.compile(as_step(program), "features", exact=True)
         self._tensors: Any = None
         self._reference: Measured | None = None
 
-    @staticmethod
-    def _opened(recipe: DiffusionRecipe) -> ImageSet | None:
-        return open_in_memory(recipe.data, "heldout") if recipe.data.source in SOURCES else None
-
     def prepare(self, images_of_host: int) -> None:
         """Measure the reference, and compile what looks at a batch of which this host has so many images."""
-        if self._config.reference is not None:
-            self._reference = self._measuring.file(self._path, "reference", REFERENCE_KEY, self._about)
-        elif self._heldout is not None:
-            images = ImagesInMemory("held-out images", self._heldout.images)
-            self._reference = self._measuring.images(images, "held-out images", "data.source")
-        self._tensors = self._runtime.place_frozen(self._extractor.tensors())
+        self._reference = self._scoring.reference()
+        self._tensors = self._runtime.place_frozen(self._scoring.extractor.tensors())
         blank = torch.zeros(images_of_host, self._size, self._size, 3, dtype=torch.uint8)
         self._program.prepare({}, self._tensors, self._runtime.place_batch({"images": blank}))
 
@@ -157,11 +140,10 @@ class _Scored:
         return own_rows(seen, self._runtime)
 
     def scores(self, seen: Columns, labels: np.ndarray) -> dict[str, float]:
-        """Named after the number of samples; without labels there is nothing to recognise."""
+        """Those of samples, named after the number of these."""
         assert self._reference is not None
-        gaussians = {name: Gaussian.of(seen[name]) for name in MOMENTS if name in seen}
-        scores = scores_of(self._extractor, Measured(gaussians, {}, seen), self._reference)
-        if "predicted" in seen and self._heldout is not None and labels.max() < self._heldout.num_classes:
-            scores["recognised_share"] = recognised_share(seen, labels)
-        number = f"{len(labels) // 1000}k" if len(labels) % 1000 == 0 else str(len(labels))
-        return {f"{name}_{number}": value for name, value in scores.items() if value is not None}
+        scores = self._scoring.scores(Measured.of(seen, {}, labels=labels), self._reference)
+        number = counted(len(labels))
+        return {
+            f"{name}_{number}": scores[name] for name in scores if name not in OF_OTHERS and scores[name] is not None
+        }
