@@ -6,6 +6,7 @@ Nothing here imports torch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Callable
@@ -34,6 +35,24 @@ def parser(description: str, *, recipe: bool = True) -> argparse.ArgumentParser:
         add_recipe_arguments(made)
     made.add_argument("--json", metavar="FILE", help="write the result as one JSON object")
     return made
+
+
+# What scores are in if no recipe says so.
+INCEPTION_RECIPE = Path(__file__).parent.parent / "recipes" / "evaluation" / "inception.yaml"
+
+
+def inception_override(weights: str | None) -> list[str]:
+    """Of a recipe of evaluation, by ``--inception-weights``, whose path is as on any command line."""
+    if weights is None:
+        return []
+    path = weights if "://" in weights else str(Path(weights).absolute())
+    return [f"features={json.dumps({'name': 'inception', 'weights': path})}"]
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """A line for each."""
+    for name, value in scores.items():
+        print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {'-' if value is None else value}")
 
 
 def recipe_and_overrides(given: list[str], default: Path) -> tuple[str, list[str]]:

@@ -3,6 +3,7 @@
 ``HOSTS``: how many there are in the first job, the second, and so on; the last number again and again. Every host is a
 process forked from this one, with the eager runtime; all are killed when a random share of the samples is stored, KILLS
 times, and then left to end. Prints how many jobs it took and how many samples were found at the start of each.
+SCORED in the environment, a recipe and a reference: they are scored as they are made, and no image is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from simulated_hosts import start_host
 
 from rae_xla import storage
 from rae_xla.evaluation import sample_set
+from rae_xla.evaluation.in_pass import ScoringInPass
 from rae_xla.evaluation.sample_set import PARTS, write_sample_set
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import Runtime
@@ -36,7 +38,12 @@ def job(num_hosts: int, recipe: str, out: str, num_images: int, kill_at: int | N
     loaded = load_recipe(recipe, [])
 
     def write(runtime: Runtime) -> None:
-        write_sample_set(loaded, runtime, out, seed=loaded.seed, num_images=num_images)
+        scoring = None
+        if "SCORED" in os.environ:
+            evaluation, reference = os.environ["SCORED"].split()
+            recipe, size = load_recipe(evaluation, []), loaded.autoencoder.image_size
+            scoring = ScoringInPass(recipe, reference, size, runtime, keep_images=False)
+        write_sample_set(loaded, runtime, out, seed=loaded.seed, num_images=num_images, scoring=scoring)
 
     with tempfile.TemporaryDirectory() as folder:
         running = {start_host(rank, num_hosts, f"{folder}/meeting", loaded, write) for rank in range(num_hosts)}

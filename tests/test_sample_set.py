@@ -15,7 +15,10 @@ import torch
 import yaml
 from conftest import run_python, run_tool
 from faulty_bucket import BUCKET, FaultyProxy
+from inception_weights import blotches
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_sampling import RECIPE, sample
 from test_sampling import root as root
 
 from rae_xla import storage
@@ -23,6 +26,7 @@ from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation import sample_set
 from rae_xla.evaluation.generation import Sampler, labels_of
 from rae_xla.evaluation.sample_set import write_sample_set
+from rae_xla.evaluation.scoring import evaluate_generation
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
@@ -99,6 +103,62 @@ def test_a_killed_job_goes_on_where_it_was(root: Path, tmp_path: Path, monkeypat
     before = (tmp_path / "whole" / "samples.npz").stat().st_mtime_ns
     assert write_sample_set(recipe, runtime, str(tmp_path / "whole"), seed=3, num_images=60) == whole
     assert (tmp_path / "whole" / "samples.npz").stat().st_mtime_ns == before
+
+
+def evaluation_of(root: Path, directory: Path) -> tuple[Path, Path]:
+    """A recipe in the features of the released encoder, and a reference of pictures."""
+    encoder = {**RECIPE["autoencoder"]["encoder"], "weights": str(root / "encoder.safetensors")}
+    content = {"task": "evaluation", "root": str(directory), "seed": 0, "runtime": "eager", "features": encoder}
+    recipe, reference = directory / "evaluation.yaml", directory / "reference.npz"
+    recipe.write_text(yaml.safe_dump({**content, "batch_size": 17}))
+    size = load_recipe(str(root / "recipe.yaml"), []).autoencoder.image_size
+    np.savez(reference, blotches(60, size, 1))
+    return recipe, reference
+
+
+def test_a_job_scores_what_it_makes_without_keeping_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same scores as of stored samples; of one host, and of three that were killed and went on as two."""
+    recipe, reference = evaluation_of(root, tmp_path)
+    options = ["--num-images", "200", "--seed", "3", "runtime=eager", "--out", str(tmp_path / "kept")]
+    scored = ["--evaluation", str(recipe), "--reference", str(reference)]
+    code, errors = sample(root, *options)
+    assert code == 0, errors
+    found = evaluate_generation(
+        load_recipe(str(recipe), []), create("eager", MeshConfig(), "fp32"), str(tmp_path / "kept"), str(reference)
+    )
+    name = "frechet_distance_vit_tiny_patch16_224"
+    assert found["num_samples"] == 200 and found[name] > 0.1 and 0 <= found["precision_vit_tiny_patch16_224"] <= 1
+    code, errors = sample(root, *options[:-1], str(tmp_path / "both"), *scored)
+    assert code == 0, errors
+    names = ["contact_sheet.png", "manifest.json", "plan.json", "recipe.yaml", "samples.npz", "scores"]
+    assert storage.list_names(str(tmp_path / "both")) == names
+    assert storage.read_json(str(tmp_path / "both" / "manifest.json"))["scores"] == pytest.approx(found, rel=1e-6)
+    monkeypatch.setenv("SCORED", f"{recipe} {reference}")
+    jobs = ["tests/sampling_jobs.py", str(root / "recipe.yaml"), str(tmp_path / "none"), "200", "3", "2", "2"]
+    done = run_python(*jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1])["jobs"] == 3
+    names.remove("samples.npz")
+    assert storage.list_names(str(tmp_path / "none")) == names
+    manifest = storage.read_json(str(tmp_path / "none" / "scores" / "manifest.json"))
+    assert manifest["sampling"]["scored"]["images_kept"] is False
+    # Its seed is the recipe's: other samples, of the same kind.
+    again = load_recipe(str(root / "recipe.yaml"), [])
+    assert write_sample_set(
+        again, create("eager", MeshConfig(), "fp32"), str(tmp_path / "plain"), seed=again.seed, num_images=200
+    )
+    expected = evaluate_generation(
+        load_recipe(str(recipe), []), create("eager", MeshConfig(), "fp32"), str(tmp_path / "plain"), str(reference)
+    )
+    assert manifest["scores"] == pytest.approx(expected, rel=1e-4)
+    sheets = [np.asarray(Image.open(tmp_path / of / "contact_sheet.png")).astype(int) for of in ("none", "plain")]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    code, errors = sample(root, *options[:-1], str(tmp_path / "both"))
+    assert code == 2 and "holds samples made with another scored" in errors
+    code, errors = sample(root, *options, "--no-images")
+    assert code == 2 and "--no-images: goes with --reference or --evaluation" in errors
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,11 @@ The recipe's task is evaluation, or linear_probe.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rae_xla import cli
 
 WHATS = ("generation", "reconstruction", "linear-probe", "compare")
-DEFAULT_RECIPE = Path(__file__).parent.parent / "recipes" / "evaluation" / "inception.yaml"
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -42,8 +40,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     if what == "compare":
         return _compare(arguments.given)
     scores = _scored(what, arguments, options)
-    for name, value in scores.items():
-        print(f"{name:28} {value:.4f}" if isinstance(value, float) else f"{name:28} {'-' if value is None else value}")
+    cli.print_scores(scores)
     return scores
 
 
@@ -54,7 +51,6 @@ def _options(arguments: argparse.Namespace) -> dict[str, str]:
 
 def _scored(what: str, arguments: argparse.Namespace, options: dict[str, str]) -> dict[str, Any]:
     from rae_xla import runtime
-    from rae_xla.config import override
     from rae_xla.errors import UserError
     from rae_xla.evaluation.linear_probe import evaluate_linear_probe
     from rae_xla.evaluation.reconstruction_scores import evaluate_reconstruction
@@ -62,18 +58,14 @@ def _scored(what: str, arguments: argparse.Namespace, options: dict[str, str]) -
     from rae_xla.recipe import load_recipe
 
     if what == "generation":
-        path, overrides = cli.recipe_and_overrides(arguments.given, DEFAULT_RECIPE)
+        path, overrides = cli.recipe_and_overrides(arguments.given, cli.INCEPTION_RECIPE)
         if "--samples" not in options:
             raise UserError("--samples: required for generation; give a samples.npz, or a folder of pictures")
     elif arguments.given:
         path, *overrides = arguments.given
     else:
         raise UserError(f"RECIPE: required for {what}")
-    if "--inception-weights" in options:
-        # A path of the command line, not one inside the recipe's root.
-        weights = options["--inception-weights"]
-        weights = weights if "://" in weights else str(Path(weights).absolute())
-        overrides = [*overrides, override("features", {"name": "inception", "weights": weights})]
+    overrides = [*overrides, *cli.inception_override(options.get("--inception-weights"))]
     recipe = load_recipe(path, overrides, "linear_probe" if what == "linear-probe" else "evaluation")
     made = runtime.create(recipe.runtime, recipe.mesh, recipe.precision)
     if what == "generation":

@@ -61,6 +61,8 @@ class Extractor(Protocol):
 
     space: str
     """What the space of its features is called, for the names of scores."""
+    columns: tuple[str, ...]
+    """What a call returns."""
 
     def tensors(self) -> Any:
         """What a call is given as ``frozen``, on the host."""
@@ -83,6 +85,7 @@ class InceptionFeatures:
     """
 
     space = "inception"
+    columns: tuple[str, ...] = ("features", "spatial")
 
     def __init__(self, config: InceptionConfig, image_size: int, root: str, key: str, process_index: int = 0) -> None:
         self._path = _inception_path(config, root, key, process_index)
@@ -134,6 +137,8 @@ class EncoderFeatures:
         UserError: its weights are missing or do not fit; names ``key``.
     """
 
+    columns: tuple[str, ...] = ("features",)
+
     def __init__(self, config: EncoderConfig, root: str, key: str, process_index: int = 0) -> None:
         self.space = config.name if config.name != "timm_vit" else config.timm_model.partition(".")[0]
         self._config = config
@@ -164,6 +169,7 @@ class JudgeFeatures:
     """
 
     space = "judge"
+    columns: tuple[str, ...] = ("features", "predicted")
 
     def __init__(self, config: ConvNetConfig, image_size: int, num_classes: int, root: str, key: str) -> None:
         if config.weights is None and values_wanted():

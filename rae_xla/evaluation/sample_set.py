@@ -11,6 +11,8 @@ import hashlib
 import logging
 import re
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +26,10 @@ from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation.batches import Columns, Share
 from rae_xla.evaluation.files import contact_sheet, read_array, write_array, write_png, write_samples
 from rae_xla.evaluation.generation import SampledRecipe, Sampler, labels_of, sample_columns
+from rae_xla.evaluation.in_pass import ScoringInPass
+from rae_xla.evaluation.measured import Measured
 from rae_xla.evaluation.score_files import MANIFEST_FILE, SAMPLES_FILE
+from rae_xla.evaluation.stored_images import open_stored
 from rae_xla.hosts import Hosts
 from rae_xla.recipe import save_recipe
 from rae_xla.runtime import Runtime
@@ -34,6 +39,9 @@ logger = logging.getLogger(__name__)
 # What the samples of a folder are, from the first one on.
 PLAN_FILE = "plan.json"
 PARTS = "parts"
+# Columns of a part: images, and where not all are kept the indices of those that are.
+IMAGES = "images"
+SHOWN = "images_at"
 # What is written at a time, whichever comes first. A kill costs each host that, and the batches under way.
 IMAGES_PER_PART = 512
 SECONDS_PER_PART = 60.0
@@ -59,6 +67,7 @@ def write_sample_set(
     labels: np.ndarray | None = None,
     initial_noise: str | None = None,
     save_latents: str | None = None,
+    scoring: ScoringInPass | None = None,
 ) -> dict[str, Any]:
     """Write ``samples.npz``, ``contact_sheet.png``, ``recipe.yaml`` and ``manifest.json``; returns the manifest.
 
@@ -67,7 +76,7 @@ def write_sample_set(
 
     ``labels``, ints [N]: one image for each; ``None``: ``num_images``, with the labels that the recipe's sampler says.
     ``initial_noise``: a ``.npy`` file, float [N, C, h, w], in place of the seed's. ``save_latents``: a ``.npy`` file
-    to write the latents to.
+    to write the latents to. ``scoring``: score them too, into ``scores/``, and keep no ``samples.npz`` if it says so.
 
     Raises:
         UserError: labels or noise do not fit the model; the folder has samples of another kind.
@@ -91,6 +100,7 @@ def write_sample_set(
             "seed": seed,
             **sampler.settings(),
             "latents": save_latents,
+            **({} if scoring is None else {"scored": scoring.plan()}),
             "files": {name: {"path": path, "sha256": storage.content_hash(path)} for name, path in read.items()},
         }
         return _begun(recipe, directory, plan)
@@ -108,10 +118,12 @@ def write_sample_set(
     columns = (sample_columns(indices, chosen, noise) for indices in own.given)
     wanted = ("images", "latents") if save_latents is not None else ("images",)
     batches = sampler.run(lambda _: columns, len(own.indices), seed, own.batch_size, wanted)
+    found = (made for _, made in batches) if scoring is None else scoring.seen(batches, own)
+    sheet = _Sheet(chosen, in_classes=mode in ("balanced", "random"))
     failure = None
     try:
-        with _PartsWriter(directory) as writer:
-            for indices, (_, made) in zip(own.batches, batches, strict=True):
+        with _PartsWriter(directory, None if scoring is None or scoring.keep_images else sheet.places) as writer:
+            for indices, made in zip(own.batches, found, strict=True):
                 writer.add(indices, made)
     except UserError as error:
         failure = error
@@ -125,7 +137,8 @@ def write_sample_set(
         "runtime": runtime.describe(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    return hosts.from_first(lambda: _put_together(directory, chosen, save_latents, about))
+    real = None if scoring is None else scoring.reference()
+    return hosts.from_first(lambda: _put_together(directory, chosen, save_latents, about, sheet, scoring, real))
 
 
 def _begun(recipe: SampledRecipe, directory: str, plan: dict[str, Any]) -> _Begun:
@@ -167,9 +180,13 @@ def _shown(value: Any) -> str:
 
 
 class _PartsWriter:
-    """Files of samples whose indices follow each other, written behind the next batches."""
+    """Files of samples whose indices follow each other, written behind the next batches.
 
-    def __init__(self, directory: str) -> None:
+    ``shown``: of all others no image is kept.
+    """
+
+    def __init__(self, directory: str, shown: list[int] | None) -> None:
+        self._shown = None if shown is None else frozenset(shown)
         self._directory = storage.join(directory, PARTS)
         self._samples: list[tuple[int, Columns]] = []
         self._thread = ThreadPoolExecutor(1, "samples")
@@ -191,7 +208,10 @@ class _PartsWriter:
             samples = self._samples
             if samples and (len(samples) == IMAGES_PER_PART or index != samples[-1][0] + 1):
                 self._write_next()
-            self._samples.append((index, {name: values[row] for name, values in made.items()}))
+            kept = {name: values[row] for name, values in made.items()}
+            if self._shown is not None and index not in self._shown:
+                del kept[IMAGES]
+            self._samples.append((index, kept))
         if time.monotonic() - self._written_at > SECONDS_PER_PART:
             self._write_next()
 
@@ -201,8 +221,13 @@ class _PartsWriter:
         samples, self._samples = self._samples, []
         if not samples:
             return
-        names = samples[0][1]
-        tensors = {name: torch.from_numpy(np.stack([rows[name] for _, rows in samples])) for name in names}
+        columns: dict[str, list[np.ndarray]] = defaultdict(list)
+        for index, kept in samples:
+            for name, values in kept.items():
+                columns[name].append(values)
+            if self._shown is not None and IMAGES in kept:
+                columns[SHOWN].append(np.array(index))
+        tensors = {name: torch.from_numpy(np.stack(rows)) for name, rows in columns.items()}
         path = _part_path(self._directory, samples[0][0], samples[-1][0] + 1)
         self._writing = self._thread.submit(storage.write_tensors, path, tensors)
 
@@ -244,6 +269,12 @@ class _Part:
             raise StoppedError(f"{self.path} is damaged; remove it, and the same command makes its samples again")
         return rows[self.first - self.begin :]
 
+    def shown(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Of a set without images, those that are kept for the sheet, by their indices."""
+        tensors = storage.read_tensors(self.path, "--out")
+        if SHOWN in tensors:
+            yield from zip(tensors[SHOWN].tolist(), tensors[IMAGES].numpy(), strict=True)
+
 
 def _all_parts(directory: str, num_images: int) -> list[_Part]:
     """Every row once: hosts of a job that was thought dead may have made some again, and those are the same."""
@@ -258,20 +289,35 @@ def _all_parts(directory: str, num_images: int) -> list[_Part]:
 
 
 def _put_together(
-    directory: str, labels: np.ndarray, save_latents: str | None, about: dict[str, Any]
+    directory: str,
+    labels: np.ndarray,
+    save_latents: str | None,
+    about: dict[str, Any],
+    sheet: _Sheet,
+    scoring: ScoringInPass | None,
+    real: Measured | None,
 ) -> dict[str, Any]:
     parts = _all_parts(directory, len(labels))
     plan = storage.read_json(storage.join(directory, PLAN_FILE))
-    sheet = _Sheet(labels, in_classes=plan["label_mode"] in ("balanced", "random"))
-    images = (sheet.seen(part.first, part.read("images")) for part in parts)
-    shape = parts[0].read("images").shape[1:]
-    write_samples(storage.join(directory, SAMPLES_FILE), images, (len(labels), *shape), labels)
+    samples = storage.join(directory, SAMPLES_FILE)
+    if scoring is None or scoring.keep_images:
+        images = (sheet.seen(part.first, part.read(IMAGES)) for part in parts)
+        shape = parts[0].read(IMAGES).shape[1:]
+        write_samples(samples, images, (len(labels), *shape), labels)
+    else:
+        for part in parts:
+            for index, image in part.shown():
+                sheet.seen(index, image[None])
     if save_latents is not None:
         shape = parts[0].read("latents").shape[1:]
         latents = (part.read("latents") for part in parts)
         write_array(save_latents, latents, (len(labels), *shape), np.dtype(np.float32))
     write_png(storage.join(directory, "contact_sheet.png"), sheet.drawn())
     manifest = {**plan, **about}
+    if scoring is not None and real is not None:
+        seen = {name: np.concatenate([part.read(name) for part in parts]) for name in scoring.columns}
+        stored = open_stored(samples, "--out") if scoring.keep_images else None
+        manifest["scores"] = scoring.write(directory, seen, labels, stored, real, manifest)
     storage.write_json(storage.join(directory, MANIFEST_FILE), manifest)
     _remove_parts(directory)
     return manifest
@@ -285,15 +331,15 @@ class _Sheet:
         rows = [np.flatnonzero(labels == label)[:ROWS_OF_A_CLASS] for label in classes]
         if in_classes and min(map(len, rows)) > 1:
             self._columns = max(map(len, rows))
-            self._places = [index for row in rows for index in [*row, *[-1] * (self._columns - len(row))]]
+            self.places = [int(index) for row in rows for index in [*row, *[-1] * (self._columns - len(row))]]
         else:
-            self._places = list(range(min(LARGEST_SHEET, len(labels))))
-            self._columns = min(10, len(self._places))
+            self.places = list(range(min(LARGEST_SHEET, len(labels))))
+            self._columns = min(10, len(self.places))
         self._images: dict[int, np.ndarray] = {}
 
     def seen(self, begin: int, images: np.ndarray) -> np.ndarray:
         """The same images; those of them that the sheet shows are kept."""
-        for index in self._places:
+        for index in self.places:
             if begin <= index < begin + len(images):
                 self._images[index] = images[index - begin].copy()
         return images
@@ -301,4 +347,4 @@ class _Sheet:
     def drawn(self) -> np.ndarray:
         """uint8 [H, W, 3]."""
         blank = np.full_like(next(iter(self._images.values())), 255)
-        return contact_sheet(np.stack([self._images.get(index, blank) for index in self._places]), self._columns)
+        return contact_sheet(np.stack([self._images.get(index, blank) for index in self.places]), self._columns)

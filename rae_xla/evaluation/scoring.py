@@ -31,6 +31,7 @@ class SampleScoring:
 
     ``reference``: a file, a folder or one of `rae_xla.evaluation.reference.NAMED`; ``None``: the held-out split of
     ``data``, a set in memory. ``image_size``: of the samples, if they are images. ``key``: names the weights.
+    ``about``: what is known of the reference.
 
     Raises:
         UserError: weights or reference are missing or do not fit.
@@ -51,8 +52,9 @@ class SampleScoring:
         in_memory = data is not None and data.source in SOURCES
         self._heldout = open_in_memory(data, "heldout") if data is not None and in_memory else None
         self._path: str | None = None
+        self.about: dict[str, Any] = {"name": None, "purpose": "generation", "split": "heldout"}
         if reference is not None:
-            self._path, self._about = open_reference(reference, "generation", root, runtime.process_index)
+            self._path, self.about = open_reference(reference, "generation", root, runtime.process_index)
         elif self._heldout is None:
             raise UserError(
                 f"{REFERENCE_KEY}: required, unless data names a set in memory, whose held-out split is one; give a "
@@ -80,11 +82,10 @@ class SampleScoring:
     def reference(self) -> Measured:
         """Measured by all hosts."""
         if self._path is not None:
-            return self.measuring.file(self._path, "reference", REFERENCE_KEY, self._about)
+            return self.measuring.file(self._path, "reference", REFERENCE_KEY, self.about)
         assert self._heldout is not None
         images = ImagesInMemory("held-out images", self._heldout.images, self._heldout.labels)
-        about = {"name": None, "purpose": "generation", "split": "heldout"}
-        return self.measuring.images(images, "held-out images", "data.source", about)
+        return self.measuring.images(images, "held-out images", "data.source", self.about)
 
     def scores(self, made: Measured, real: Measured) -> Scores:
         """By their names; a classifier also says how many it recognises, and how many of the held-out images."""

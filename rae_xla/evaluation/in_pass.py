@@ -1,0 +1,103 @@
+"""Scores of samples in the job that makes them: what is kept of a sample is its features, and the image if wanted.
+
+Two programs, one after the other on each batch: the sampler in the recipe's precision, the extractor in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from rae_xla.evaluation.batches import Columns, Share, run_batches
+from rae_xla.evaluation.measured import Measured, check_numbers, view
+from rae_xla.evaluation.score_files import SCORES, score_manifest, write_scores
+from rae_xla.evaluation.scores import Scores, warn_of_order
+from rae_xla.evaluation.scoring import SampleScoring
+from rae_xla.evaluation.stored_images import StoredImages
+from rae_xla.hosts import Hosts
+from rae_xla.recipe import EvaluationRecipe
+from rae_xla.runtime import Runtime
+from rae_xla.storage import join
+
+
+class ScoringInPass:
+    """Of samples of this size. ``reference``: see `SampleScoring`. ``keep_images``: whether samples stay as images.
+
+    Raises:
+        UserError: weights or reference are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        recipe: EvaluationRecipe,
+        reference: str | None,
+        image_size: int,
+        runtime: Runtime,
+        *,
+        keep_images: bool = True,
+    ) -> None:
+        self.keep_images = keep_images
+        self._runtime, self._batch_size = runtime, recipe.batch_size
+        self._scoring = SampleScoring(
+            recipe.features, recipe.data, reference, recipe.root, image_size, recipe.batch_size, runtime, Hosts(runtime)
+        )
+        self._started = time.perf_counter()
+
+    def plan(self) -> dict[str, Any]:
+        """What a job that goes on has to have in common with the one before."""
+        return {
+            "features": self._scoring.extractor.about(),
+            "reference": self._scoring.about,
+            "images_kept": self.keep_images,
+        }
+
+    def seen(self, batches: Iterator[tuple[Columns, Columns]], own: Share) -> Iterator[Columns]:
+        """What a sampler makes, batch by batch, and the columns of its images."""
+        made_before: deque[Columns] = deque()
+
+        def rows(_: int) -> Iterator[Columns]:
+            for _given, made in batches:
+                made_before.append(made)
+                yield {"images": made["images"]}
+
+        extractor = self._scoring.extractor
+        found = run_batches(
+            view(extractor, self._runtime), extractor.tensors(), rows, len(own.indices), own.batch_size, self._runtime,
+            "features", exact=True,
+        )  # fmt: skip
+        for _, seen in found:
+            yield {**made_before.popleft(), **seen}
+
+    def reference(self) -> Measured:
+        """Measured by all hosts."""
+        return self._scoring.reference()
+
+    def write(
+        self,
+        directory: str,
+        seen: Columns,
+        labels: np.ndarray,
+        images: StoredImages | None,
+        real: Measured,
+        sampling: dict[str, Any],
+    ) -> Scores:
+        """``scores/manifest.json`` and ``scores/report.html`` of a folder of samples. Returns the scores."""
+        check_numbers(seen, directory)
+        warn_of_order(labels)
+        made = Measured.of(seen, {"path": directory, "num_images": len(labels)}, images, labels)
+        scores = self._scoring.scores(made, real)
+        extractor = self._scoring.extractor
+        manifest = score_manifest(
+            self._runtime, extractor, scores, made, real, sampling, self._batch_size, self._started
+        )
+        write_scores(join(directory, SCORES), manifest, made, real)
+        return scores
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What is kept of each sample besides its image."""
+        return self._scoring.extractor.columns
