@@ -18,6 +18,7 @@ from rae_xla.models.dit import DiTConfig
 from rae_xla.models.dit_dh import DiTDHConfig
 from rae_xla.models.encoders import Encoder, EncoderConfig
 from rae_xla.models.flops import ModelCost, model_costs, parameters_millions
+from rae_xla.models.inception import Inception
 from rae_xla.models.loading import initialised, on_meta
 from rae_xla.recipe import load_recipe
 
@@ -35,6 +36,11 @@ RECIPES = {
     "quickstart/linear_probe": 0.00097,
     "quickstart/latent_stats": 0.0,
     "quickstart/evaluation": 0.4362,
+    # Without an autoencoder, the network whose features are compared: Inception with the logits of its score.
+    "evaluation/inception": 23.87,
+    "evaluation/imagenet_val_256_rfid": 23.87,
+    "evaluation/dinov2_l": 304.4,
+    "evaluation/reconstruction": 415.4,
     "photographs/decoder": 0.2410,
     "linear_probe/dinov2_b": 0.769,
     "decoders/dinov2_b": 415.4,
@@ -101,6 +107,8 @@ def built(recipe: Any) -> torch.nn.Module | None:
     if recipe.task in ("diffusion", "sampling"):
         num_classes = recipe.num_classes if recipe.task == "sampling" else num_classes_of(recipe)
         return create_diffusion_model(recipe.model, recipe.autoencoder.encoder.latent_shape, num_classes)
+    if recipe.autoencoder is None:
+        return Encoder(recipe.features) if isinstance(recipe.features, EncoderConfig) else Inception(256)
     return None if recipe.task == "latent_stats" else LatentDecoder(recipe.autoencoder).decoder
 
 
@@ -114,7 +122,7 @@ def test_every_recipe_loads_and_builds_on_the_meta_device(path: Path) -> None:
     recipe = load_recipe(str(path), [])
     module = on_meta(lambda: built(recipe) or torch.nn.Identity())
     assert parameters_millions(module) == pytest.approx(RECIPES[name], rel=1e-3)
-    if hasattr(recipe, "autoencoder"):
+    if getattr(recipe, "autoencoder", None) is not None:
         encoder = on_meta(lambda: Encoder(recipe.autoencoder.encoder))
         assert all(parameter.is_meta for parameter in encoder.parameters())
         # The latents that the recipe's sizes promise are those the encoder gives.
