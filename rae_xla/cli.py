@@ -42,11 +42,17 @@ INCEPTION_RECIPE = Path(__file__).parent.parent / "recipes" / "evaluation" / "in
 
 
 def inception_override(weights: str | None) -> list[str]:
-    """Of a recipe of evaluation, by ``--inception-weights``, whose path is as on any command line."""
+    """Of a recipe whose features are Inception's, by ``--inception-weights``, a path as on any command line."""
     if weights is None:
         return []
     path = weights if "://" in weights else str(Path(weights).absolute())
-    return [f"features={json.dumps({'name': 'inception', 'weights': path})}"]
+    return [f"features.weights={json.dumps(path)}"]
+
+
+def check_inception(weights: str | None, recipe: Any) -> None:
+    """Raises a `UserError` if ``--inception-weights`` are given for other features."""
+    if weights is not None and recipe.features.name != "inception":
+        raise UserError(f"--inception-weights: the recipe's features are {recipe.features.name}; leave it out")
 
 
 def print_scores(scores: dict[str, Any]) -> None:

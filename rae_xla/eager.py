@@ -33,6 +33,9 @@ class EagerRuntime:
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # A GPU's convolutions would round float32 to 10 bits, and its products are asked not to.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
 
     def describe(self) -> dict[str, Any]:
         """See `Runtime`."""

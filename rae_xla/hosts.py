@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from rae_xla import storage
 from rae_xla.errors import StoppedError, UserError, first_line
 from rae_xla.runtime import Runtime
 
@@ -55,3 +56,13 @@ class Hosts:
         said: list[Any] = [None] * self._number
         dist.all_gather_object(said, value, self._group)
         return said
+
+
+def check_seen_by_all(path: str, key: str, hosts: Hosts) -> None:
+    """Raises a `UserError` on all hosts if one of them does not see a file or folder, which ``key`` names."""
+    seen = hosts.of_all(storage.exists(path))
+    if not all(seen):
+        where = f"host {seen.index(False)} does not see {path}; on several hosts give a gs:// path"
+        raise UserError(
+            f"{key}: {where if len(seen) > 1 else f'{path} is not there; make it first, or correct the path'}"
+        )

@@ -17,6 +17,7 @@ from faulty_bucket import BUCKET, FaultyProxy, faulty_bucket
 from inception_weights import write_weights
 
 from rae_xla import storage
+from rae_xla.eager import EagerRuntime
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 
@@ -83,6 +84,20 @@ def one_device_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows() -> photos.Rows:
     """A hundred JPEG images of 80x60 and their labels."""
     return photos.samples(100)
+
+
+@pytest.fixture
+def exact_programs(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Names of the eager runtime's programs, as they are made, and whether they multiply float32 as such."""
+    found: dict[str, bool] = {}
+    plain = EagerRuntime.compile
+
+    def noted(self, function, name: str, *, exact: bool = False):
+        found[name] = exact
+        return plain(self, function, name, exact=exact)
+
+    monkeypatch.setattr(EagerRuntime, "compile", noted)
+    return found
 
 
 @pytest.fixture(scope="session")

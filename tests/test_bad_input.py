@@ -193,7 +193,11 @@ JUDGE = "recipes/quickstart/judge.yaml"
             "weights: .* cannot be",
         ),
         ("evaluate", ["generation", "recipes/quickstart/evaluation.yaml"], "--samples: required for generation"),
-        ("evaluate", ["reconstruction", "recipes/quickstart/evaluation.yaml", "--samples", "x"], "only for generation"),
+        (
+            "evaluate",
+            ["reconstruction", "recipes/quickstart/evaluation.yaml", "--samples", "x"],
+            "--samples: not for reconstruction",
+        ),
         ("benchmark", ["step-overhead", "--model", "dit_xxl"], "--model: 'dit_xxl' is not known; use dit_dh_s"),
         ("latent_stats", ["recipes/quickstart/diffusion.yaml"], "task: 'diffusion' does not fit this command"),
         ("quickstart", ["--out", "OUT", "run_dir=x"], "run_dir=x: the quickstart's steps need each their own"),

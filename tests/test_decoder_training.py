@@ -230,7 +230,7 @@ def test_held_out_scores_are_those_of_the_exported_weights(root: Path, eager_run
     assert lines[-1]["heldout_lpips"] == pytest.approx(float(network(*pair).mean()), rel=1e-4)
     runtime = create("eager", MeshConfig(), "fp32")
     extractor = load_extractor(recipe.heldout.features, 32, 2, recipe.root, "weights")
-    measuring = Measuring(extractor, 5, runtime, Hosts(runtime))
+    measuring = Measuring(extractor, 32, 5, runtime, Hosts(runtime))
     sets = [measuring.images(ImagesInMemory("set", of), "set", "set").gaussians["features"] for of in (images, made)]
     assert lines[-1][SET_DISTANCE] == pytest.approx(frechet_distance(*sets), rel=1e-3)
     sheet = np.asarray(Image.open(eager_run / "samples" / "reconstructions_00000006.png"))

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_python, run_tool
 from inception_weights import blotches
 from PIL import Image
 from test_inception import features_of
-from test_scores import exact_distance_of_few, precision_and_recall_by_hand
+from test_scores import exact_distance_of_few, inception_score_by_hand, precision_and_recall_by_hand
 
 from rae_xla import storage
 from rae_xla.data.sources import open_source
@@ -124,7 +125,9 @@ def test_inceptions_scores_from_statistics_and_from_images(
         assert arrays["mu"].shape == (2048,) and arrays["sigma_s"].shape == (2023, 2023)
         assert arrays["arr_0"].shape == (5, 32, 32, 3) and arrays["mu"].dtype == np.float64
     files.mkdir()
-    for index, image in enumerate(blotches(8, 32, 5)):
+    # Some digits that the reference has not kept, and what is no digit.
+    heldout = open_source(load_recipe(INCEPTION, short).data, ".", "heldout").images[:6]
+    for index, image in enumerate(np.concatenate([heldout, blotches(2, 32, 5)])):
         Image.fromarray(image).save(files / f"{index:02d}.png")
     command = ["generation", "runtime=eager", "batch_size=5", "--samples", str(files), *weights]
     code, output, errors = run_tool(
@@ -137,7 +140,7 @@ def test_inceptions_scores_from_statistics_and_from_images(
     assert "8 images are too few for a covariance of 2048 features" in caplog.text
     # The same by hand, of features computed here.
     runtime = create("eager", MeshConfig(), "fp32")
-    measuring = Measuring(features_of(inception_weights, 32), 8, runtime, Hosts(runtime))
+    measuring = Measuring(features_of(inception_weights, 32), 32, 8, runtime, Hosts(runtime))
     seen = measuring.images(open_stored(str(files), "k"), "samples", "k")
     digits = load_recipe(INCEPTION, short).data
     whole = measuring.images(ImagesInMemory("digits", open_source(digits, ".", "train").images), "reference", "k")
@@ -147,14 +150,23 @@ def test_inceptions_scores_from_statistics_and_from_images(
         expected = exact_distance_of_few(seen.seen[column], whole.seen[column])
         assert scores[name] == pytest.approx(expected, rel=1e-5)
     pair = precision_and_recall_by_hand(kept.seen["features"], seen.seen["features"], 3)
-    assert (scores["precision"], scores["recall"]) == pair
+    assert (scores["precision"], scores["recall"]) == pair and pair[0] != pair[1]
+    logits = seen.seen["features"].astype(np.float64) @ measuring.extractor.logits_weight.T
+    assert scores["inception_score"] == pytest.approx(inception_score_by_hand(logits, 5000), rel=1e-6)
+    assert scores["inception_score"] > 1.001
     html = (tmp_path / "scores" / "report.html").read_text()
     assert html.count("data:image/png;base64,") == 2 and "nobody else" in html
     # Other features than those of the statistics.
-    code, _, errors = run_tool(
-        "evaluate", *command[:-2], "--reference", made, f"root={tmp_path}", "features.name=mae_b"
-    )
-    assert code == 2
+    tensors = torch.load(inception_weights, weights_only=True)
+    torch.save({**tensors, "fc.bias": tensors["fc.bias"] + 1}, tmp_path / "others.pth")
+    others = [*command[:-1], str(tmp_path / "others.pth"), "--reference", made, "--out", other]
+    code, _, errors = run_tool("evaluate", *others)
+    assert code == 2 and "digits.npz are of features with weights_sha256" in errors
+    # Images of another size than those that the statistics are of.
+    np.savez(tmp_path / "large.npz", blotches(5, 40, 0))
+    large = ["--samples", str(tmp_path / "large.npz"), *weights, "--reference", made]
+    code, _, errors = run_tool("evaluate", "generation", "runtime=eager", *large)
+    assert code == 2 and "--reference: its images have 32 pixels a side, the samples have 40" in errors
 
 
 def test_a_manifest_says_what_decides_and_two_say_what_differs(
@@ -163,8 +175,9 @@ def test_a_manifest_says_what_decides_and_two_say_what_differs(
     root, first = one_device_run, samples.parent / "scores"
     manifest = json.loads((first / "manifest.json").read_text())
     assert manifest["samples"]["labels"]["fewest"] == manifest["samples"]["labels"]["most"] == 15
+    assert len(manifest["reference"].pop("images_sha256")) == 64
     assert manifest["reference"] == {
-        "path": "digits", "num_images": 360, "name": None, "purpose": "generation", "split": "heldout",
+        "path": "held-out images", "num_images": 360, "name": None, "purpose": "generation", "split": "heldout",
     }  # fmt: skip
     assert manifest["precision"]["matmul_multiplies"] == "float32" and len(manifest["features"]["weights_sha256"]) == 64
     html = (first / "report.html").read_text()
@@ -182,7 +195,8 @@ def test_a_manifest_says_what_decides_and_two_say_what_differs(
     assert "can move a score: nothing differs" in output and "runtime.runtime: xla / eager" in output
     code, output, _ = run_tool("evaluate", "compare", str(first), str(tmp_path / "manifest.json"))
     moving, _, rest = output.partition("may move last digits")
-    assert "samples.num_images: 150 / 30" in moving and "sampling.guidance.method: None / none" in moving
+    assert "samples.num_images: 150 / 30" in moving and "samples.images_sha256" in moving
+    assert "sampling.guidance.method: None / none" in moving
     assert "batch_size" not in output and "judge_frechet_distance" in rest
     for path, found in ((tmp_path / "none", "no manifest of scores is there"), (sampled, "is no manifest of scores")):
         code, _, errors = run_tool("evaluate", "compare", str(path), str(tmp_path))
@@ -200,13 +214,13 @@ def test_references_are_known_by_name_and_content(tmp_path: Path, monkeypatch: p
     assert (path, about["name"], about["sha256"]) == (str(file), "adm", sha256)
     assert open_reference(str(file), "generation", ".")[1]["name"] == "adm", "by its content"
     assert open_reference(str(other), "reconstruction", ".")[1] == {
-        "name": None, "sha256": storage.content_hash(str(other)), "purpose": None,
+        "name": None, "path": str(other), "sha256": storage.content_hash(str(other)), "purpose": None,
     }  # fmt: skip
     for given in ("adm", str(file)):
         with pytest.raises(UserError, match="--reference: adm is a reference for generation, and these are scores of"):
             open_reference(given, "reconstruction", str(tmp_path))
     file.write_bytes(other.read_bytes())
-    with pytest.raises(UserError, match=rf"adm.npz is not adm, whose SHA-256 is {sha256}; remove it"):
+    with pytest.raises(UserError, match=rf"adm.npz is not the file that was published \(SHA-256 {sha256}\); remove it"):
         open_reference("adm", "generation", str(tmp_path))
     with pytest.raises(UserError, match=r"imagenet_val_256_rfid is not there; make .* with tools/reference_stats.py"):
         open_reference("imagenet_val_256_rfid", "reconstruction", str(tmp_path))
@@ -214,7 +228,9 @@ def test_references_are_known_by_name_and_content(tmp_path: Path, monkeypatch: p
         open_reference("none.npz", "generation", str(tmp_path))
 
 
-def test_an_autoencoder_is_scored_with_its_features(one_device_run: Path, tmp_path: Path) -> None:
+def test_an_autoencoder_is_scored_with_its_features(
+    one_device_run: Path, tmp_path: Path, exact_programs: dict[str, bool]
+) -> None:
     out = str(tmp_path / "scores")
     code, _, errors = run_tool(
         "evaluate", "reconstruction", JUDGED, f"root={one_device_run}", "runtime=eager", "--out", out
@@ -233,6 +249,9 @@ def test_an_autoencoder_is_scored_with_its_features(one_device_run: Path, tmp_pa
     assert code == 0, errors
     check_same(json.loads(Path(f"{out}.json").read_text()), scores)
     assert run_tool(*reference_of, "generation")[0] == 0
+    assert exact_programs["reference"] and exact_programs["comparing"] and not exact_programs["reconstructing"]
+    html = (tmp_path / "scores" / "report.html").read_text()
+    assert "<h2>Reconstructions</h2>" in html and html.count("data:image/png;base64,") == 1
     code, _, errors = run_tool(*again, "--out", out)
     assert code == 2 and "heldout.npz is a reference for generation, and these are scores of reconstruction" in errors
 
@@ -245,6 +264,8 @@ def test_files_that_are_no_samples(tmp_path: Path) -> None:
     (tmp_path / "empty.npz").touch()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
     np.savez(tmp_path / "uneven.npz", images, np.arange(8))
+    np.savez(tmp_path / "nothing.npz", images[:0])
+    np.savez(tmp_path / "named.npz", images, np.array([f"{index}.png" for index in range(9)]))
     np.savez(tmp_path / "float.npz", images / 255.0)
     np.savez(tmp_path / "first.npz", images.transpose(0, 3, 1, 2))
     np.savez(tmp_path / "fortran.npz", np.asfortranarray(images))
@@ -254,7 +275,8 @@ def test_files_that_are_no_samples(tmp_path: Path) -> None:
         "other.npz": r"holds no images \(arr_0\), but pixels",
         "empty.npz": "is not an .npz file",
         "cut.npz": "is not an .npz file",
-        "uneven.npz": r"has 9 images, and labels \(arr_1\) that are int64 \[8\]",
+        "uneven.npz": r"has 9 images, and labels \(arr_1\) of shape \[8\]",
+        "nothing.npz": r"are uint8 \[0, 4, 4, 3\], should be",
         "float.npz": r"are float64 \[9, 4, 4, 3\], should be uint8 \[n, S, S, 3\] in 0..255",
         "first.npz": r"are uint8 \[9, 3, 4, 4\], should be",
         "fortran.npz": "Fortran's order",
@@ -262,6 +284,7 @@ def test_files_that_are_no_samples(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(UserError, match=rf"^--samples: .*{found}"):
             open_stored(str(tmp_path / name), "--samples")
+    assert open_stored(str(tmp_path / "named.npz"), "--samples").labels is None
     stored = open_stored(str(tmp_path / "whole.npz"), "--samples")
     everything = np.arange(432, dtype=np.uint8).reshape(9, 4, 4, 3)
     np.testing.assert_array_equal(np.concatenate(list(stored.rows(2, 9, 4))), everything[2:])
@@ -284,10 +307,17 @@ def test_files_that_are_no_samples(tmp_path: Path) -> None:
         ([], "--samples: required for generation"),
         (["--samples", "dark.npz"], "no pixel of .*dark.npz is above 1; images are to be in 0..255"),
         (["--samples", "few.npz"], "samples: 3 images are too few for scores; 4 are the least"),
-        (["--samples", "large.npz"], "--samples has images of 40 pixels and data.image_size has images of 32"),
+        (["--samples", "large.npz"], "--reference: its images have 32 pixels a side, the samples have 40"),
         (["--samples", "nan.npz", "--reference", "nan.npz"], "--samples: .*nan.npz: mu has values that are no finite"),
-        (["--samples", "odd.npz", "--reference", "odd.npz"], r"mu and sigma are \[3\] and \[3, 2\], should be \[d\]"),
+        (
+            ["--samples", "odd.npz", "--reference", "odd.npz"],
+            r"mu and sigma are \[3\] and \[3, 2\], should be \[2048\]",
+        ),
         (["--samples", "few.npz", "--reference", "gone.npz"], "--reference: .*gone.npz is not there; correct the path"),
+        (
+            ["--samples", "few.npz", "--inception-weights", "w"],
+            "--inception-weights: the recipe's features are convnet",
+        ),
         (["features.weights=null", "--samples", "few.npz"], "features.weights: required here; train the judge"),
     ],
 )
@@ -297,12 +327,13 @@ def test_mistakes_are_told_in_one_line(
     np.savez(tmp_path / "dark.npz", np.ones((9, 32, 32, 3), np.uint8))
     np.savez(tmp_path / "few.npz", blotches(3, 32, 0), np.arange(3))
     np.savez(tmp_path / "large.npz", blotches(9, 40, 0))
-    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.eye(2048))
     np.savez(tmp_path / "odd.npz", mu=np.ones(3), sigma=np.ones((3, 2)))
     given = [str(tmp_path / part) if part.endswith(".npz") else part for part in arguments]
-    if "mu" in message:
-        given += ["--inception-weights", str(inception_weights)]
-    code, _, errors = run_tool("evaluate", "generation", JUDGED, f"root={one_device_run}", "runtime=eager", *given)
+    recipe = [JUDGED, f"root={one_device_run}"]
+    if "nan.npz" in arguments or "odd.npz" in arguments:
+        recipe = [INCEPTION, "--inception-weights", str(inception_weights)]
+    code, _, errors = run_tool("evaluate", "generation", *recipe, "runtime=eager", *given)
     assert code == 2 and re.search(message, errors.splitlines()[-1]), errors
     assert not (tmp_path / "scores").exists()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch_xla.backends
 from conftest import run_python
 from inception_weights import blotches, seen_by_torch_fidelity
 from jaxlib import xla_client
@@ -23,6 +24,7 @@ from rae_xla.models import pretrained
 from rae_xla.models.inception import INPUT_SIZE, SPATIAL_CHANNELS, tf1_resize
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
+from rae_xla.xla import step as step_module
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +42,24 @@ def features_of(weights: Path, size: int) -> InceptionFeatures:
 
 
 @pytest.mark.parametrize("name", ["eager", "xla"])
-def test_features_are_torch_fidelitys(name: str, inception_weights: Path, images: np.ndarray, theirs: tuple) -> None:
+def test_features_are_torch_fidelitys(
+    name: str, inception_weights: Path, images: np.ndarray, theirs: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered: list[str] = []
+    extract = step_module.extract_internal
+
+    def noted(traceable):
+        lowered.append(torch_xla.backends.get_mat_mul_precision())
+        return extract(traceable)
+
+    monkeypatch.setattr(step_module, "extract_internal", noted)
     runtime = create(name, MeshConfig(), "bf16")
     extractor = features_of(inception_weights, 256)
     step = runtime.compile(as_step(view(extractor, runtime)), "features", exact=True)
     batch = runtime.place_batch({"images": torch.from_numpy(images)})
     seen = runtime.to_host(step({}, runtime.place_frozen(extractor.tensors()), batch)[1])
+    assert lowered == (["highest"] if name == "xla" else [])
+    assert torch_xla.backends.get_mat_mul_precision() == "default", "and the next program is as it was"
     pool, branch, logits = theirs
     assert pool.abs().mean() > 0.1 and pool.std(dim=0).mean() > 0.01, "features that say something"
     torch.testing.assert_close(seen["features"], pool, atol=1e-4, rtol=0)

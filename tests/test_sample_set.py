@@ -117,7 +117,7 @@ def evaluation_of(root: Path, directory: Path) -> tuple[Path, Path]:
 
 
 def test_a_job_scores_what_it_makes_without_keeping_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact_programs: dict[str, bool]
 ) -> None:
     """The same scores as of stored samples; of one host, and of three that were killed and went on as two."""
     recipe, reference = evaluation_of(root, tmp_path)
@@ -155,8 +155,15 @@ def test_a_job_scores_what_it_makes_without_keeping_it(
     assert manifest["scores"] == pytest.approx(expected, rel=1e-4)
     sheets = [np.asarray(Image.open(tmp_path / of / "contact_sheet.png")).astype(int) for of in ("none", "plain")]
     assert np.abs(sheets[0] - sheets[1]).max() <= 1
+    with np.load(tmp_path / "none" / "scores" / "statistics.npz") as arrays:
+        assert json.loads(str(arrays["about"]))["images_sha256"] == manifest["samples"]["images_sha256"]
     code, errors = sample(root, *options[:-1], str(tmp_path / "both"))
     assert code == 2 and "holds samples made with another scored" in errors
+    np.savez(tmp_path / "other.npz", blotches(60, 32, 2))
+    changed = ["--evaluation", str(recipe), "--reference", str(tmp_path / "other.npz")]
+    code, errors = sample(root, *options[:-1], str(tmp_path / "both"), *changed)
+    assert code == 2 and "was scored against" in errors and "tools/evaluate.py generation --samples" in errors
+    assert exact_programs["features"] and not exact_programs["sampling (autoguidance)"]
     code, errors = sample(root, *options, "--no-images")
     assert code == 2 and "--no-images: goes with --reference or --evaluation" in errors
 

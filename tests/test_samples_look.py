@@ -98,9 +98,10 @@ def test_three_hosts_see_what_one_sees(looked_at: Path, tmp_path: Path) -> None:
         assert np.abs(np.load(tmp_path / f"{rank}.npy").astype(int) - sheet).max() <= 1
 
 
-def test_looks_may_change_on_resume(looked_at: Path) -> None:
+def test_looks_may_change_on_resume(looked_at: Path, exact_programs: dict[str, bool]) -> None:
     overrides = [f"root={looked_at}", *LOOKS, "run_dir=looked_at", "preview=null", "scoring.num_images=20"]
     assert train(load_recipe(RECIPE, overrides), eager())["steps"] == 10
+    assert exact_programs["features"] and not exact_programs["samples"]
 
 
 @pytest.mark.parametrize(

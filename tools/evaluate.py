@@ -67,6 +67,8 @@ def _scored(what: str, arguments: argparse.Namespace, options: dict[str, str]) -
         raise UserError(f"RECIPE: required for {what}")
     overrides = [*overrides, *cli.inception_override(options.get("--inception-weights"))]
     recipe = load_recipe(path, overrides, "linear_probe" if what == "linear-probe" else "evaluation")
+    if what != "linear-probe":
+        cli.check_inception(options.get("--inception-weights"), recipe)
     made = runtime.create(recipe.runtime, recipe.mesh, recipe.precision)
     if what == "generation":
         return evaluate_generation(recipe, made, options["--samples"], options.get("--reference"), options.get("--out"))

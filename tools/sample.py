@@ -64,6 +64,7 @@ def _scoring(arguments: argparse.Namespace, image_size: int, made: Any) -> Any:
         return None
     overrides = cli.inception_override(arguments.inception_weights)
     evaluation = load_recipe(arguments.evaluation or str(cli.INCEPTION_RECIPE), overrides, "evaluation")
+    cli.check_inception(arguments.inception_weights, evaluation)
     return ScoringInPass(evaluation, arguments.reference, image_size, made, keep_images=not arguments.no_images)
 
 

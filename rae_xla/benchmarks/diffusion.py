@@ -91,7 +91,7 @@ class _Judge:
         heldout = open_in_memory(recipe.data, "heldout")
         size, num_classes = recipe.data.image_size, heldout.num_classes
         extractor = load_extractor(recipe.features, size, num_classes, recipe.root, "features.weights")
-        self._measuring = Measuring(extractor, recipe.batch_size, made, Hosts(made))
+        self._measuring = Measuring(extractor, size, recipe.batch_size, made, Hosts(made))
         self._real = self._measured(heldout.images)
 
     def scores(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -23,7 +23,7 @@ from rae_xla.models.autoencoder import LatentEncoderConfig, encoder_weights_path
 from rae_xla.models.classifier import ConvNet, ConvNetConfig
 from rae_xla.models.encoders import EncoderConfig, load_encoder
 from rae_xla.models.functional import InFloat32, call, tensors_of
-from rae_xla.models.inception import load_inception
+from rae_xla.models.inception import POOL_WIDTH, SPATIAL_WIDTH, load_inception
 from rae_xla.models.loading import load_weights, values_wanted
 from rae_xla.models.pretrained import downloaded
 from rae_xla.runtime import Runtime
@@ -61,8 +61,8 @@ class Extractor(Protocol):
 
     space: str
     """What the space of its features is called, for the names of scores."""
-    columns: tuple[str, ...]
-    """What a call returns."""
+    columns: dict[str, int | None]
+    """What a call returns, and how wide it is; ``None`` for one value of an image."""
 
     def tensors(self) -> Any:
         """What a call is given as ``frozen``, on the host."""
@@ -85,16 +85,16 @@ class InceptionFeatures:
     """
 
     space = "inception"
-    columns: tuple[str, ...] = ("features", "spatial")
 
     def __init__(self, config: InceptionConfig, image_size: int, root: str, key: str, process_index: int = 0) -> None:
-        self._path = _inception_path(config, root, key, process_index)
-        self._network = load_inception(self._path, image_size, key)
-        self._sha256 = storage.content_hash(self._path) if values_wanted() else None
+        self.columns: dict[str, int | None] = {"features": POOL_WIDTH, "spatial": SPATIAL_WIDTH}
+        path = _inception_path(config, root, key, process_index)
+        self._network = load_inception(path, image_size, key)
+        self._sha256 = storage.content_hash(path) if values_wanted() else None
         if values_wanted() and self._sha256 != INCEPTION_SHA256:
             logger.warning(
                 "%s: %s is not the published Inception (SHA-256 %s...); scores compare with nobody else's",
-                key, self._path, INCEPTION_SHA256[:8],
+                key, path, INCEPTION_SHA256[:8],
             )  # fmt: skip
 
     def tensors(self) -> Any:
@@ -120,12 +120,13 @@ class InceptionFeatures:
 def _inception_path(config: InceptionConfig, root: str, key: str, process_index: int) -> str:
     if not values_wanted():
         return ""
-    if config.weights is not None:
-        return storage.resolve(root, config.weights)
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    if kept.exists():
-        return str(kept)
-    return downloaded(INCEPTION_URL, INCEPTION_SHA256, root, key, process_index)
+    if config.weights is None:
+        kept = str(Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE)
+        return downloaded(INCEPTION_URL, INCEPTION_SHA256, root, key, process_index, beside=kept)
+    path = storage.resolve(root, config.weights)
+    if not storage.exists(path):
+        raise UserError(f"{key}: {path} is not there; get {INCEPTION_URL} (SHA-256 {INCEPTION_SHA256})")
+    return path
 
 
 class EncoderFeatures:
@@ -137,11 +138,10 @@ class EncoderFeatures:
         UserError: its weights are missing or do not fit; names ``key``.
     """
 
-    columns: tuple[str, ...] = ("features",)
-
     def __init__(self, config: EncoderConfig, root: str, key: str, process_index: int = 0) -> None:
         self.space = config.name if config.name != "timm_vit" else config.timm_model.partition(".")[0]
         self._config = config
+        self.columns: dict[str, int | None] = {"features": config.latent_shape[0]}
         path = encoder_weights_path(LatentEncoderConfig(encoder=config), root, process_index, key)
         self._network = load_encoder(config, path, key)
         self._sha256 = storage.content_hash(path) if values_wanted() else None
@@ -169,7 +169,6 @@ class JudgeFeatures:
     """
 
     space = "judge"
-    columns: tuple[str, ...] = ("features", "predicted")
 
     def __init__(self, config: ConvNetConfig, image_size: int, num_classes: int, root: str, key: str) -> None:
         if config.weights is None and values_wanted():
@@ -178,6 +177,7 @@ class JudgeFeatures:
         network = ConvNet(config, image_size=image_size, num_classes=num_classes)
         load_weights(network, path, key)
         self._trunk, self._head = network.trunk, network.head
+        self.columns: dict[str, int | None] = {"features": config.feature_width, "predicted": None}
         self._about = {
             **config.model_dump(mode="json", exclude={"weights"}),
             "weights_sha256": storage.content_hash(path) if values_wanted() else None,

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import Columns, Share, run_batches
-from rae_xla.evaluation.measured import Measured, check_numbers, view
+from rae_xla.evaluation.measured import DIGEST, Measured, check_numbers, digests_of, view, write_statistics
 from rae_xla.evaluation.score_files import SCORES, score_manifest, write_scores
-from rae_xla.evaluation.scores import Scores, warn_of_order
+from rae_xla.evaluation.scores import Scores, check_enough, warn_of_order
 from rae_xla.evaluation.scoring import SampleScoring
 from rae_xla.evaluation.stored_images import StoredImages
 from rae_xla.hosts import Hosts
 from rae_xla.recipe import EvaluationRecipe
 from rae_xla.runtime import Runtime
 from rae_xla.storage import join
+
+# What stays of samples whose images are not kept: their mean and covariance, for other references.
+STATISTICS_FILE = "statistics.npz"
 
 
 class ScoringInPass:
@@ -48,12 +52,24 @@ class ScoringInPass:
         self._started = time.perf_counter()
 
     def plan(self) -> dict[str, Any]:
-        """What a job that goes on has to have in common with the one before."""
-        return {
-            "features": self._scoring.extractor.about(),
-            "reference": self._scoring.about,
-            "images_kept": self.keep_images,
-        }
+        """What a job that goes on has to have in common with the one before; references may differ."""
+        return {"features": self._scoring.extractor.about(), "images_kept": self.keep_images}
+
+    def check_same(self, manifest: Mapping[str, Any], directory: str) -> None:
+        """Raises a `UserError` if samples that are finished were scored against another reference."""
+        before, now = manifest["scored_against"], self.identity()
+        if before != now:
+            remedy = (
+                f"tools/evaluate.py generation --samples {directory} scores them again"
+                if self.keep_images
+                else "their images were not kept; give another folder"
+            )
+            raise UserError(f"--reference: {directory} was scored against {before}, now it is {now}; {remedy}")
+
+    def identity(self) -> dict[str, Any]:
+        """Of the reference."""
+        about = self._scoring.about
+        return {"name": about["name"], "sha256": about.get("sha256"), "path": about.get("path")}
 
     def seen(self, batches: Iterator[tuple[Columns, Columns]], own: Share) -> Iterator[Columns]:
         """What a sampler makes, batch by batch, and the columns of its images."""
@@ -69,11 +85,12 @@ class ScoringInPass:
             view(extractor, self._runtime), extractor.tensors(), rows, len(own.indices), own.batch_size, self._runtime,
             "features", exact=True,
         )  # fmt: skip
-        for _, seen in found:
-            yield {**made_before.popleft(), **seen}
+        for part, seen in found:
+            yield {**made_before.popleft(), **seen, DIGEST: digests_of(part["images"])}
 
-    def reference(self) -> Measured:
-        """Measured by all hosts."""
+    def reference(self, num_images: int) -> Measured:
+        """Measured by all hosts, for so many samples. Raises a `UserError` if these are too few for scores."""
+        check_enough(num_images, "--num-images")
         return self._scoring.reference()
 
     def write(
@@ -95,9 +112,16 @@ class ScoringInPass:
             self._runtime, extractor, scores, made, real, sampling, self._batch_size, self._started
         )
         write_scores(join(directory, SCORES), manifest, made, real)
+        if not self.keep_images:
+            said = {
+                "features": extractor.about(),
+                "num_images": len(labels),
+                "images_sha256": made.about["images_sha256"],
+            }
+            write_statistics(join(directory, STATISTICS_FILE), made.gaussians, said)
         return scores
 
     @property
     def columns(self) -> tuple[str, ...]:
         """What is kept of each sample besides its image."""
-        return self._scoring.extractor.columns
+        return (*self._scoring.extractor.columns, DIGEST)

@@ -22,13 +22,14 @@ from rae_xla.evaluation.batches import Columns, check_one_host, num_rows_of, run
 from rae_xla.evaluation.distances import frechet_distance
 from rae_xla.evaluation.features import Extractor, load_extractor
 from rae_xla.evaluation.files import contact_sheet, write_png
-from rae_xla.evaluation.measured import MOMENTS, Measured, Measuring, check_numbers
+from rae_xla.evaluation.measured import DIGEST, MOMENTS, Measured, Measuring, check_numbers, digests_of
 from rae_xla.evaluation.reconstruction import Reconstructing, lpips_network
 from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
 from rae_xla.evaluation.reference import open_reference
 from rae_xla.evaluation.score_files import score_manifest, write_scores
 from rae_xla.evaluation.scores import Scores, check_enough, reconstruction_distance
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
+from rae_xla.evaluation.stored_images import ImagesInMemory, StoredImages
 from rae_xla.hosts import Hosts
 from rae_xla.losses.perceptual import PerceptualDistance
 from rae_xla.models.autoencoder import made_with
@@ -43,11 +44,17 @@ NUM_SHOWN = 20
 
 
 class _Comparing:
-    """Images and their reconstructions to scores of each, and the features of both; a program."""
+    """Images and their reconstructions to scores of each, and the features of those that are to be ``seen``."""
 
     def __init__(
-        self, extractor: Extractor, perceptual: PerceptualDistance | None, image_size: int, runtime: Runtime
+        self,
+        extractor: Extractor,
+        perceptual: PerceptualDistance | None,
+        image_size: int,
+        runtime: Runtime,
+        seen: tuple[str, ...],
     ) -> None:
+        self._seen = seen
         self._extractor, self._perceptual, self._runtime = extractor, perceptual, runtime
         self._has_ssim = image_size > 2 * SSIM_BORDER
 
@@ -65,7 +72,7 @@ class _Comparing:
         if self._perceptual is not None:
             in_float32 = InFloat32(self._runtime.whole)
             found["lpips"] = call(self._perceptual, frozen["perceptual"], in_float32, 2 * second - 1, 2 * first - 1)
-        for name in ("originals", "images"):
+        for name in self._seen:
             seen = self._extractor(frozen["extractor"], batch[name], self._runtime)
             found |= {f"{name}.{column}": values for column, values in seen.items() if column in MOMENTS}
         return {name: self._runtime.split_batch(values) for name, values in found.items()}
@@ -95,24 +102,27 @@ def evaluate_reconstruction(
     perceptual = lpips_network(recipe.root)
     if perceptual is None:
         logger.info("lpips: left out; VGG-16's weights are neither in %s/pretrained nor in torch.hub's", recipe.root)
-    columns, sheet = _compared(recipe, runtime, heldout, extractor, perceptual)
+    seen = ("originals", "images") if reference is None else ("images",)
+    columns, shown = _compared(recipe, runtime, heldout, extractor, perceptual, seen)
     count = num_rows_of(columns)
-    made = _measured("images", columns, {"num_images": count, "made_with": _made_with(recipe)})
+    made = _measured(
+        "images", columns, {"num_images": count, "made_with": _made_with(recipe)}, ImagesInMemory("", shown[1])
+    )
     check_enough(count, "held-out images", len(made.gaussians["features"].mean))
     if reference is None:
         of_originals = {"path": recipe.data.source, "name": None, "num_images": count}
         real = _measured("originals", columns, {**of_originals, "purpose": "reconstruction", "split": "heldout"})
     else:
-        measuring = Measuring(extractor, recipe.batch_size, runtime, Hosts(runtime))
+        measuring = Measuring(extractor, size, recipe.batch_size, runtime, Hosts(runtime))
         real = measuring.file(path, "reference", REFERENCE_KEY, about)
     distance = frechet_distance(made.gaussians["features"], real.gaussians["features"])
     means = {name: float(columns[name].mean(dtype=np.float64)) if name in columns else None for name in OF_EACH}
     scores = {reconstruction_distance(extractor.space): distance, **means, "num_images": count}
     directory = out or recipe.path(recipe.run_dir)
     save_recipe(recipe, directory)
-    write_png(storage.join(directory, "reconstructions.png"), sheet)
+    write_png(storage.join(directory, "reconstructions.png"), contact_sheet(np.concatenate(shown), len(shown[0])))
     manifest = score_manifest(runtime, extractor, scores, made, real, None, recipe.batch_size, started)
-    write_scores(directory, manifest, made, real)
+    write_scores(directory, manifest, made, real, "Reconstructions")
     return scores
 
 
@@ -122,13 +132,15 @@ def _compared(
     heldout: ImageSet | ShardedImages,
     extractor: Extractor,
     perceptual: PerceptualDistance | None,
-) -> tuple[Columns, np.ndarray]:
-    """Columns of all images, and a sheet of the first."""
+    seen: tuple[str, ...],
+) -> tuple[Columns, list[np.ndarray]]:
+    """Columns of all images; the first images, and their reconstructions."""
     assert recipe.data is not None and recipe.autoencoder is not None
     data = recipe.data
     there_and_back = Reconstructing(recipe.autoencoder, recipe.root, runtime)
-    comparing = _Comparing(extractor, perceptual, data.image_size, runtime)
+    comparing = _Comparing(extractor, perceptual, data.image_size, runtime, seen)
     shown: list[np.ndarray] = []
+    digests: list[Columns] = []
 
     def rows(_: int) -> Iterator[Columns]:
         originals = images_in_order(heldout, data)
@@ -144,6 +156,7 @@ def _compared(
         for part, found in made:
             number = num_rows_of(part)
             pair = {"originals": part["images"], "images": found["images"][:number]}
+            digests.append({f"{name}.{DIGEST}": digests_of(images) for name, images in pair.items()})
             if not shown:
                 shown.extend(values[:NUM_SHOWN].copy() for values in (pair["originals"], pair["images"]))
             yield pair
@@ -151,14 +164,14 @@ def _compared(
     name, batch_size = "comparing", recipe.batch_size
     compared = run_batches(comparing, comparing.tensors(), rows, len(heldout), batch_size, runtime, name, exact=True)
     parts = [{name: values[: num_rows_of(part)] for name, values in found.items()} for part, found in compared]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    columns = {name: np.concatenate([part[name] for part in of]) for of in (parts, digests) for name in of[0]}
     check_numbers(columns, "reconstructions")
-    return columns, contact_sheet(np.concatenate(shown), len(shown[0]))
+    return columns, shown
 
 
-def _measured(which: str, columns: Columns, about: dict[str, Any]) -> Measured:
-    seen = {name: columns[f"{which}.{name}"] for name in MOMENTS if f"{which}.{name}" in columns}
-    return Measured.of(seen, about)
+def _measured(which: str, columns: Columns, about: dict[str, Any], images: StoredImages | None = None) -> Measured:
+    seen = {name: columns[f"{which}.{name}"] for name in (*MOMENTS, DIGEST) if f"{which}.{name}" in columns}
+    return Measured.of(seen, about, images)
 
 
 def _made_with(recipe: EvaluationRecipe) -> dict[str, Any]:

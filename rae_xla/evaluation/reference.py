@@ -43,13 +43,15 @@ NAMED = {
 }
 
 
-def open_reference(reference: str, purpose: Purpose, root: str, process_index: int = 0) -> tuple[str, dict[str, Any]]:
-    """The path of a reference, and what is known of it: ``name``, ``sha256``, ``purpose``.
+def open_reference(reference: str, purpose: Purpose, root: str) -> tuple[str, dict[str, Any]]:
+    """The path of a reference, and what is known of it: ``name``, ``path``, ``sha256``, ``purpose``.
+
+    To be asked for by one host.
 
     Raises:
         UserError: no such name or file, another file than the name's, or for another purpose.
     """
-    path = _path_of(reference, root, process_index)
+    path = _path_of(reference, root)
     is_file = path.endswith(".npz")
     sha256 = storage.content_hash(path) if is_file else None
     named = NAMED.get(reference)
@@ -58,16 +60,16 @@ def open_reference(reference: str, purpose: Purpose, root: str, process_index: i
     by_content = next((name for name, row in NAMED.items() if sha256 is not None and row.sha256 == sha256), None)
     name = by_content or (reference if named is not None else None)
     said = said_of_itself(read_arrays(path, KEY), path, KEY) if is_file else {}
-    meant = NAMED[name].purpose if name is not None else said.get("purpose")
-    if meant not in (None, purpose):
-        raise UserError(f"{KEY}: {name or path} is a reference for {meant}, and these are scores of {purpose}")
-    return path, {"name": name, "sha256": sha256, "purpose": meant}
+    for meant in (None if name is None else NAMED[name].purpose, said.get("purpose")):
+        if meant not in (None, purpose):
+            raise UserError(f"{KEY}: {name or path} is a reference for {meant}, and these are scores of {purpose}")
+    return path, {"name": name, "path": path, "sha256": sha256, "purpose": purpose if name or said else None}
 
 
-def _path_of(reference: str, root: str, process_index: int) -> str:
+def _path_of(reference: str, root: str) -> str:
     named = NAMED.get(reference)
     if named is not None and named.url is not None:
-        return downloaded(named.url, named.sha256, root, KEY, process_index)
+        return downloaded(named.url, named.sha256, root, KEY)
     path = storage.join(root, MADE_HERE, f"{reference}.npz") if named is not None else reference
     if not storage.exists(path):
         remedy = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import Any
@@ -15,11 +14,11 @@ from rae_xla.data.sources import ShardedImages, open_images
 from rae_xla.errors import UserError
 from rae_xla.evaluation.batches import check_one_host, num_rows_of, run_batches
 from rae_xla.evaluation.features import load_extractor
-from rae_xla.evaluation.files import write_arrays
 from rae_xla.evaluation.gaussian import Scatter
-from rae_xla.evaluation.measured import ABOUT, MOMENTS, check_numbers, view
+from rae_xla.evaluation.measured import MOMENTS, check_numbers, view, write_statistics
 from rae_xla.evaluation.reference import Purpose
 from rae_xla.evaluation.scores import check_enough
+from rae_xla.evaluation.stored_images import IMAGES, LABELS
 from rae_xla.recipe import EvaluationRecipe
 from rae_xla.runtime import Runtime
 
@@ -78,11 +77,6 @@ def write_reference(
         "features": extractor.about(),
         "rae_xla": __version__,
     }
-    arrays = {ABOUT: np.array(json.dumps(about))}
-    for name, scatter in scatters.items():
-        gaussian = scatter.gaussian()
-        arrays |= dict(zip(MOMENTS[name], (gaussian.mean, gaussian.covariance), strict=True))
-    if kept:
-        arrays |= {"arr_0": np.stack(kept), "arr_1": np.array(labels, np.int64)}
-    write_arrays(out, arrays)
+    images_kept = {IMAGES: np.stack(kept), LABELS: np.array(labels, np.int64)} if kept else {}
+    write_statistics(out, {name: scatter.gaussian() for name, scatter in scatters.items()}, about, images_kept)
     return {**about, "path": out, "kept_images": len(kept), "seconds": round(time.perf_counter() - started, 2)}

@@ -28,9 +28,9 @@ from rae_xla.evaluation.files import contact_sheet, read_array, write_array, wri
 from rae_xla.evaluation.generation import SampledRecipe, Sampler, labels_of, sample_columns
 from rae_xla.evaluation.in_pass import ScoringInPass
 from rae_xla.evaluation.measured import Measured
-from rae_xla.evaluation.score_files import MANIFEST_FILE, SAMPLES_FILE
-from rae_xla.evaluation.stored_images import open_stored
-from rae_xla.hosts import Hosts
+from rae_xla.evaluation.score_files import MANIFEST_FILE
+from rae_xla.evaluation.stored_images import SAMPLES_FILE, open_stored
+from rae_xla.hosts import Hosts, check_seen_by_all
 from rae_xla.recipe import save_recipe
 from rae_xla.runtime import Runtime
 
@@ -108,12 +108,12 @@ def write_sample_set(
     begun = hosts.from_first(begin)
     if begun.manifest is not None:
         logger.info("samples: %s has them already", directory)
+        if scoring is not None:
+            scoring.check_same(begun.manifest, directory)
         return begun.manifest
-    seen = hosts.of_all(storage.exists(storage.join(directory, PLAN_FILE)))
-    if not all(seen):
-        raise UserError(
-            f"--out: host {seen.index(False)} does not see {directory}; on several hosts give a gs:// folder"
-        )
+    check_seen_by_all(storage.join(directory, PLAN_FILE), "--out", hosts)
+    # Before the samples: it takes less, and what is wrong with it is to be known first.
+    real = None if scoring is None else scoring.reference(len(chosen))
     own = Share.of(begun.missing, min(recipe.sampler.batch_size, len(chosen)), runtime)
     columns = (sample_columns(indices, chosen, noise) for indices in own.given)
     wanted = ("images", "latents") if save_latents is not None else ("images",)
@@ -137,7 +137,6 @@ def write_sample_set(
         "runtime": runtime.describe(),
         "seconds": round(time.perf_counter() - started, 2),
     }
-    real = None if scoring is None else scoring.reference()
     return hosts.from_first(lambda: _put_together(directory, chosen, save_latents, about, sheet, scoring, real))
 
 
@@ -262,12 +261,12 @@ class _Part:
     first: int
     end: int
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, *names: str) -> Columns:
         """Raises a `StoppedError` if the file does not hold what its name says."""
-        rows = storage.read_tensors(self.path, "--out")[name].numpy()
-        if len(rows) != self.end - self.begin:
+        tensors = storage.read_tensors(self.path, "--out")
+        if any(name not in tensors or len(tensors[name]) != self.end - self.begin for name in names):
             raise StoppedError(f"{self.path} is damaged; remove it, and the same command makes its samples again")
-        return rows[self.first - self.begin :]
+        return {name: tensors[name].numpy()[self.first - self.begin :] for name in names}
 
     def shown(self) -> Iterator[tuple[int, np.ndarray]]:
         """Of a set without images, those that are kept for the sheet, by their indices."""
@@ -300,24 +299,37 @@ def _put_together(
     parts = _all_parts(directory, len(labels))
     plan = storage.read_json(storage.join(directory, PLAN_FILE))
     samples = storage.join(directory, SAMPLES_FILE)
-    if scoring is None or scoring.keep_images:
-        images = (sheet.seen(part.first, part.read(IMAGES)) for part in parts)
-        shape = parts[0].read(IMAGES).shape[1:]
-        write_samples(samples, images, (len(labels), *shape), labels)
-    else:
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in (scoring.columns if scoring is not None else ())}
+
+    def images() -> Iterator[np.ndarray]:
+        """Of all parts, each read once: the sheet takes what it shows, and columns what scores are of."""
         for part in parts:
-            for index, image in part.shown():
-                sheet.seen(index, image[None])
+            read = part.read(*columns, *([IMAGES] if keeps_images else []))
+            for name, rows in columns.items():
+                rows.append(read[name])
+            if keeps_images:
+                yield sheet.seen(part.first, read[IMAGES])
+            else:
+                for index, image in part.shown():
+                    sheet.seen(index, image[None])
+
+    keeps_images = scoring is None or scoring.keep_images
+    if keeps_images:
+        shape = parts[0].read(IMAGES)[IMAGES].shape[1:]
+        write_samples(samples, images(), (len(labels), *shape), labels)
+    else:
+        list(images())
     if save_latents is not None:
-        shape = parts[0].read("latents").shape[1:]
-        latents = (part.read("latents") for part in parts)
+        shape = parts[0].read("latents")["latents"].shape[1:]
+        latents = (part.read("latents")["latents"] for part in parts)
         write_array(save_latents, latents, (len(labels), *shape), np.dtype(np.float32))
     write_png(storage.join(directory, "contact_sheet.png"), sheet.drawn())
     manifest = {**plan, **about}
     if scoring is not None and real is not None:
-        seen = {name: np.concatenate([part.read(name) for part in parts]) for name in scoring.columns}
-        stored = open_stored(samples, "--out") if scoring.keep_images else None
-        manifest["scores"] = scoring.write(directory, seen, labels, stored, real, manifest)
+        seen = {name: np.concatenate(rows) for name, rows in columns.items()}
+        stored = open_stored(samples, "--out") if keeps_images else None
+        scores = scoring.write(directory, seen, labels, stored, real, manifest)
+        manifest |= {"scores": scores, "scored_against": scoring.identity()}
     storage.write_json(storage.join(directory, MANIFEST_FILE), manifest)
     _remove_parts(directory)
     return manifest

@@ -20,12 +20,11 @@ from rae_xla.precision import effective_precision
 from rae_xla.runtime import Runtime
 
 MANIFEST_FILE = "manifest.json"
-SAMPLES_FILE = "samples.npz"
 REPORT_FILE = "report.html"
 # Where scores lie, beside samples.
 SCORES = "scores"
-# What of a manifest moves no score: where files lie, how long it took, and in what portions.
-IGNORED = ("path", "seconds", "made_now", "batch_size", "num_devices", "mesh")
+# What of a manifest moves no score: where files lie, how long it took, in what portions, and what was scored before.
+IGNORED = ("path", "seconds", "made_now", "batch_size", "num_devices", "mesh", "scores", "scored", "scored_against")
 # And what may move its last digits.
 ROUNDING = ("device", "runtime", "torch", "torch_xla", "rae_xla")
 
@@ -66,10 +65,12 @@ def label_counts(labels: np.ndarray | None) -> dict[str, Any] | None:
     return {"classes": len(counts), "fewest": int(counts.min()), "most": int(counts.max()), "sha256": digest}
 
 
-def write_scores(directory: str, manifest: Mapping[str, Any], samples: Measured, reference: Measured) -> None:
+def write_scores(
+    directory: str, manifest: Mapping[str, Any], made: Measured, reference: Measured, images_are: str = "Samples"
+) -> None:
     """``manifest.json`` and ``report.html``."""
     storage.write_json(storage.join(directory, MANIFEST_FILE), manifest)
-    storage.write_text(storage.join(directory, REPORT_FILE), score_report(manifest, samples, reference))
+    storage.write_text(storage.join(directory, REPORT_FILE), score_report(manifest, made, reference, images_are))
 
 
 def compare(first: str, second: str) -> dict[str, Any]:
@@ -81,14 +82,13 @@ def compare(first: str, second: str) -> dict[str, Any]:
         UserError: a file is missing, or no manifest of scores.
     """
     manifests = [_read_manifest(path) for path in (first, second)]
-    flat = [dict(flattened({k: v for k, v in manifest.items() if k != "scores"})) for manifest in manifests]
+    flat = [dict(flattened({**manifest, "scores": None})) for manifest in manifests]
     found: dict[str, Any] = {"moves_scores": {}, "moves_last_digits": {}}
     for key in dict.fromkeys((*flat[0], *flat[1])):
         values = [manifest.get(key) for manifest in flat]
-        last = key.rpartition(".")[2]
-        if values[0] == values[1] or last in IGNORED or any(f".{name}." in f".{key}." for name in IGNORED):
-            continue
-        found["moves_last_digits" if last in ROUNDING else "moves_scores"][key] = values
+        parts = key.split(".")
+        if values[0] != values[1] and not set(parts) & set(IGNORED):
+            found["moves_last_digits" if parts[-1] in ROUNDING else "moves_scores"][key] = values
     scores = [manifest["scores"] for manifest in manifests]
     names = dict.fromkeys((*scores[0], *scores[1]))
     return {**found, "scores": {name: [of_one.get(name) for of_one in scores] for name in names}}

@@ -61,8 +61,8 @@ TEMPLATE = """\
 NUM_SHOWN, NUM_PAIRED = 60, 10
 
 
-def score_report(manifest: Mapping[str, Any], made: Measured, reference: Measured, images_are: str = "Samples") -> str:
-    """A page of HTML. ``made``: samples, or reconstructions."""
+def score_report(manifest: Mapping[str, Any], made: Measured, reference: Measured, images_are: str) -> str:
+    """A page of HTML. ``made``: what ``images_are``, samples or reconstructions."""
     scores, features = manifest["scores"], manifest["features"]["name"]
     published = PUBLISHED.get(str(manifest["reference"].get("name")), [])
     rows = [{"name": "this", **scores}, *[{**row, "name": f"paper: {row['name']}"} for row in published]]

@@ -14,10 +14,10 @@ from rae_xla.evaluation.features import Features, load_extractor
 from rae_xla.evaluation.measured import Measured, Measuring
 from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
 from rae_xla.evaluation.reference import open_reference
-from rae_xla.evaluation.score_files import MANIFEST_FILE, SAMPLES_FILE, SCORES, score_manifest, write_scores
+from rae_xla.evaluation.score_files import MANIFEST_FILE, SCORES, score_manifest, write_scores
 from rae_xla.evaluation.scores import Scores, likeness, recognised_share, scores_of, warn_of_order
-from rae_xla.evaluation.stored_images import ImagesInMemory, has_images, open_stored
-from rae_xla.hosts import Hosts
+from rae_xla.evaluation.stored_images import SAMPLES_FILE, ImagesInMemory, has_images, open_stored
+from rae_xla.hosts import Hosts, check_seen_by_all
 from rae_xla.models.inception import INPUT_SIZE
 from rae_xla.recipe import EvaluationRecipe
 from rae_xla.runtime import Runtime
@@ -54,7 +54,9 @@ class SampleScoring:
         self._path: str | None = None
         self.about: dict[str, Any] = {"name": None, "purpose": "generation", "split": "heldout"}
         if reference is not None:
-            self._path, self.about = open_reference(reference, "generation", root, runtime.process_index)
+            named = reference
+            self._path, self.about = hosts.from_first(lambda: open_reference(named, "generation", root))
+            check_seen_by_all(self._path, REFERENCE_KEY, hosts)
         elif self._heldout is None:
             raise UserError(
                 f"{REFERENCE_KEY}: required, unless data names a set in memory, whose held-out split is one; give a "
@@ -62,10 +64,11 @@ class SampleScoring:
             )
         num_classes = None if self._heldout is None else self._heldout.num_classes
         size = self._checked_size(image_size)
-        self.extractor = load_extractor(features, size, num_classes, root, key, runtime.process_index)
-        self.measuring = Measuring(self.extractor, batch_size, runtime, hosts)
+        known = size or INPUT_SIZE
+        self.extractor = load_extractor(features, known, num_classes, root, key, runtime.process_index)
+        self.measuring = Measuring(self.extractor, size, batch_size, runtime, hosts)
 
-    def _checked_size(self, image_size: int | None) -> int:
+    def _checked_size(self, image_size: int | None) -> int | None:
         if self._path is None:
             assert self._heldout is not None
             size: int | None = self._heldout.images.shape[1]
@@ -77,7 +80,7 @@ class SampleScoring:
                 f"{REFERENCE_KEY}: its images have {size} pixels a side, the samples have {image_size}; score images "
                 "of one size"
             )
-        return image_size or size or INPUT_SIZE
+        return image_size or size
 
     def reference(self) -> Measured:
         """Measured by all hosts."""
@@ -113,36 +116,37 @@ def evaluate_generation(
     """Scores of stored samples, by their names; ``manifest.json`` and ``report.html`` go to ``out``.
 
     ``samples``: a file with images, statistics or both, or a folder of pictures; ``reference``: see `SampleScoring`.
-    ``out``: beside the samples if not given. On several hosts all of them read both.
+    ``out``: if not given ``scores/`` beside samples.npz, ``NAME.scores/`` beside others. All hosts read both.
 
     Raises:
         UserError: something is missing or does not fit.
     """
     started = time.perf_counter()
     hosts = Hosts(runtime)
+    check_seen_by_all(samples, SAMPLES_KEY, hosts)
     has_no_images = samples.endswith(".npz") and not has_images(samples, SAMPLES_KEY)
     size = None if has_no_images else open_stored(samples, SAMPLES_KEY).image_size
     scoring = SampleScoring(
         recipe.features, recipe.data, reference, recipe.root, size, recipe.batch_size, runtime, hosts
     )
-    made = scoring.measuring.file(samples, "samples", SAMPLES_KEY, _content(samples))
+    made = scoring.measuring.file(samples, "samples", SAMPLES_KEY)
     warn_of_order(made.labels)
     real = scoring.reference()
     scores = scoring.scores(made, real)
     if scoring.extractor.space == "judge":
         scores |= scoring.likeness(made)
-    beside = storage.join(_folder_of(samples), MANIFEST_FILE)
-    made_by = storage.read_json(beside) if storage.exists(beside) else None
+    folder, name = _folder_and_name(samples)
+    beside = storage.join(folder, MANIFEST_FILE)
+    made_by = storage.read_json(beside) if name == SAMPLES_FILE and storage.exists(beside) else None
     manifest = score_manifest(runtime, scoring.extractor, scores, made, real, made_by, recipe.batch_size, started)
-    hosts.from_first(lambda: write_scores(out or storage.join(_folder_of(samples), SCORES), manifest, made, real))
+    beside = storage.join(folder, SCORES if name == SAMPLES_FILE else f"{name.removesuffix('.npz')}.{SCORES}")
+    hosts.from_first(lambda: write_scores(out or beside, manifest, made, real))
     return scores
 
 
-def _content(samples: str) -> dict[str, Any]:
-    """The hash of samples.npz; folders of pictures have none."""
-    file = samples if samples.endswith(".npz") else storage.join(samples, SAMPLES_FILE)
-    return {"sha256": storage.content_hash(file) if storage.exists(file) else None}
-
-
-def _folder_of(samples: str) -> str:
-    return samples if storage.is_directory(samples) else samples.rpartition("/")[0] or "."
+def _folder_and_name(samples: str) -> tuple[str, str]:
+    """Of a file; of a folder that holds samples.npz, that; of one of pictures, where it is and what it is called."""
+    if storage.exists(storage.join(samples, SAMPLES_FILE)):
+        return samples, SAMPLES_FILE
+    folder, _, name = samples.rstrip("/").rpartition("/")
+    return folder or ".", name

@@ -6,6 +6,7 @@ Images are read as they are needed, from the first on.
 from __future__ import annotations
 
 import io
+import logging
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,11 +21,14 @@ from rae_xla import storage
 from rae_xla.data.transforms import decoded
 from rae_xla.errors import UserError, first_line
 
+logger = logging.getLogger(__name__)
+
+SAMPLES_FILE = "samples.npz"
 IMAGES = "arr_0"
 LABELS = "arr_1"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-# What damage and other formats lead to: a bare array has no members, a cut file ends, a member does not inflate.
-_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+# What damage and other formats lead to: a bare array is no archive, a cut file ends, a member does not inflate.
+_DAMAGE = (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class StoredImages(Protocol):
@@ -143,11 +147,11 @@ def open_stored(path: str, key: str) -> StoredImages:
     """
     if not path.endswith(".npz") and storage.is_directory(path):
         names = storage.list_names(path)
-        if "samples.npz" in names:
-            return open_stored(storage.join(path, "samples.npz"), key)
+        if SAMPLES_FILE in names:
+            return open_stored(storage.join(path, SAMPLES_FILE), key)
         names = [name for name in names if name.lower().endswith(PICTURES)]
         if not names:
-            raise UserError(f"{key}: {path} holds neither samples.npz nor pictures ({', '.join(PICTURES)})")
+            raise UserError(f"{key}: {path} holds neither {SAMPLES_FILE} nor pictures ({', '.join(PICTURES)})")
         return Pictures(path, key, names, len(_picture(storage.join(path, names[0]), key, None)))
     with _archive(path, key) as archive:
         if f"{IMAGES}.npy" not in archive.namelist():
@@ -159,9 +163,11 @@ def open_stored(path: str, key: str) -> StoredImages:
         raise UserError(f"{key}: {path} holds its images in Fortran's order; save them in C's")
     small = read_arrays(path, key)
     labels = small.get(LABELS)
-    if labels is not None and (labels.shape != shape[:1] or labels.dtype.kind not in "iu"):
-        found = f"{labels.dtype} {list(labels.shape)}"
-        raise UserError(f"{key}: {path} has {shape[0]} images, and labels ({LABELS}) that are {found}")
+    if labels is not None and labels.dtype.kind not in "iu":
+        logger.info("%s: %s of %s are %s, and not taken for labels", key, LABELS, path, labels.dtype)
+        labels = None
+    if labels is not None and labels.shape != shape[:1]:
+        raise UserError(f"{key}: {path} has {shape[0]} images, and labels ({LABELS}) of shape {list(labels.shape)}")
     return ArchivedImages(path, key, shape, labels)
 
 
@@ -223,5 +229,5 @@ def _picture(path: str, key: str, image_size: int | None) -> np.ndarray:
 
 
 def _check_images(shape: tuple[int, ...], dtype: np.dtype, path: str, key: str) -> None:
-    if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
+    if dtype != np.uint8 or len(shape) != 4 or not shape[0] or shape[1] != shape[2] or shape[3] != 3:
         raise UserError(f"{key}: images of {path} are {dtype} {list(shape)}, should be uint8 [n, S, S, 3] in 0..255")

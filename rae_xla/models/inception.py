@@ -198,8 +198,6 @@ def load_inception(path: str, image_size: int, key: str) -> Inception:
         UserError: the file is unreadable or of another model; names ``key``, the file and the difference.
     """
     module = on_meta(lambda: Inception(image_size))
-    # Made on the meta device with all else.
-    module.resize = torch.from_numpy(tf1_resize(image_size))
     if values_wanted():
         try:
             tensors = from_torch_fidelity(read_weight_file(path, key).tensors)

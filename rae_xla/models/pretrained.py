@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
+from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
 
@@ -68,14 +69,21 @@ def pretrained_weights(
     return path
 
 
-def downloaded(url: str, sha256: str | None, root: str, key: str, process_index: int = 0) -> str:
+def downloaded(
+    url: str, sha256: str | None, root: str, key: str, process_index: int = 0, *, beside: str | None = None
+) -> str:
     """The path of a published file, ``ROOT/pretrained/`` and its name, which `pretrained_weights` is like.
+
+    ``beside``: where another program may have put it already.
 
     Raises:
         UserError: it cannot be fetched, or is not the file of this SHA-256; names ``key`` and the remedy.
     """
     path = storage.join(root, "pretrained", posixpath.basename(url))
-    _by_the_first(lambda: _download(url, path, sha256, key), path, key, process_index, WAIT_SECONDS)
+    source = beside if beside is not None and storage.exists(beside) else url
+    _by_the_first(lambda: _download(source, path, sha256, key), path, key, process_index, WAIT_SECONDS)
+    if sha256 is not None and process_index == 0 and storage.content_hash(path) != sha256:
+        raise UserError(f"{key}: {path} is not the file that was published (SHA-256 {sha256}); remove it")
     return path
 
 
@@ -131,15 +139,22 @@ def _download(url: str, path: str, sha256: str | None, key: str) -> None:
     def pieces(response: Any) -> Iterator[bytes]:
         digest = hashlib.sha256()
         with _told_as_a_fetch(url, path, known, key):
+            # A connection that ends early says nothing.
+            expected = getattr(response, "length", None)
+            received = 0
             while piece := response.read(_PIECE_BYTES):
                 digest.update(piece)
+                received += len(piece)
                 yield piece
+            if expected not in (None, received):
+                raise OSError(f"{received} of {expected} bytes came")
         # Before it has its name.
         if sha256 is not None and digest.hexdigest() != sha256:
             raise UserError(f"{key}: {url} sent another file than the one that was published{known}; try again")
 
     with _told_as_a_fetch(url, path, known, key):
-        response = urlopen(url, timeout=DOWNLOAD_TIMEOUT_SECONDS)
+        address = url if "://" in url else Path(url).as_uri()
+        response = urlopen(address, timeout=DOWNLOAD_TIMEOUT_SECONDS)
     with response:
         storage.write_pieces(path, pieces(response))
 

@@ -154,5 +154,5 @@ def _features(recipe: EvaluationRecipe, runtime: Runtime) -> None:
     num_classes = None if recipe.data is None else num_classes_of(recipe.data, recipe.root)
     extractor = load_extractor(recipe.features, size, num_classes, recipe.root, "features.weights")
     images = np.zeros((recipe.batch_size, size, size, 3), dtype=np.uint8)
-    measuring = Measuring(extractor, recipe.batch_size, runtime, Hosts(runtime))
+    measuring = Measuring(extractor, size, recipe.batch_size, runtime, Hosts(runtime))
     measuring.images(ImagesInMemory("blank images", images), "features", "features")

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rae_xla.config import Config
 from rae_xla.data.loader import images_in_order
 from rae_xla.data.sources import DataConfig, ImageSet, ShardedImages, open_heldout
 from rae_xla.data.transforms import to_bytes, to_unit
-from rae_xla.evaluation.batches import Columns, as_step, batch_size_for, gathered, own_rows, padded
+from rae_xla.evaluation.batches import Columns, batch_size_for, gathered, own_rows, padded
 from rae_xla.evaluation.distances import frechet_distance
 from rae_xla.evaluation.features import Features, FeaturesConfig, load_extractor
 from rae_xla.evaluation.files import contact_sheet
 from rae_xla.evaluation.gaussian import Gaussian
-from rae_xla.evaluation.measured import view
+from rae_xla.evaluation.measured import Viewing
 from rae_xla.evaluation.scores import reconstruction_distance
 from rae_xla.evaluation.similarity import SSIM_BORDER, psnr, ssim
 from rae_xla.hosts import Hosts
@@ -31,6 +31,7 @@ from rae_xla.training.looks import Seen, counted
 
 logger = logging.getLogger(__name__)
 
+FEWEST_OF_A_SET = 4
 FEATURES_KEY = "heldout.features.weights"
 
 
@@ -49,6 +50,12 @@ class HeldoutConfig(Config):
     batch_size: int = Field(default=256, gt=0)
     num_shown: int = Field(default=8, ge=0)
     features: FeaturesConfig | None = None
+
+    @model_validator(mode="after")
+    def _enough(self) -> HeldoutConfig:
+        if self.features is not None and self.num_images is not None and self.num_images < FEWEST_OF_A_SET:
+            raise ValueError(f"num_images: {self.num_images} are too few with features; take {FEWEST_OF_A_SET} or more")
+        return self
 
 
 class HeldoutReconstruction:
@@ -114,12 +121,11 @@ class HeldoutReconstruction:
                 own = images[self._own]
                 few = min(self._config.num_shown, len(own))
                 shown = [own[:few], own_rows({"images": made}, self._runtime)["images"][:few]]
-        number = sums.pop("number")
+        number = int(sums.pop("number"))
         pictures = {"reconstructions": contact_sheet(np.concatenate(shown), len(shown[0]))} if len(shown) else {}
         values = {f"heldout_{name}": value / number for name, value in sums.items()}
         if self._sets is not None:
-            # Images that cannot be decoded are left out.
-            values |= self._sets.score(begin + len(images))
+            values |= self._sets.score(number)
         return Seen(values, pictures)
 
     def _given(self, state: Any, frozen: Any) -> Any:
@@ -164,19 +170,17 @@ class _Sets:
     def __init__(
         self, config: Features, data: DataConfig, root: str, runtime: Runtime, images: ImageSet | ShardedImages
     ) -> None:
-        self._runtime, self._hosts = runtime, Hosts(runtime)
-        self._extractor = load_extractor(
+        self._hosts = Hosts(runtime)
+        extractor = load_extractor(
             config, data.image_size, images.num_classes, root, FEATURES_KEY, runtime.process_index
         )
-        self._program = runtime.compile(as_step(view(self._extractor, runtime)), "features", exact=True)
-        self._tensors: Any = None
+        self._features = Viewing(extractor, runtime)
         self._real: Gaussian | None = None
         self._seen: dict[str, list[tuple[np.ndarray, Columns]]] = {"real": [], "made": []}
 
     def prepare(self, images: Tensor) -> None:
         """Compile for batches like this one."""
-        self._tensors = self._runtime.place_frozen(self._extractor.tensors())
-        self._program.prepare({}, self._tensors, {"images": images})
+        self._features.prepare(images)
 
     def begin(self) -> None:
         """Forget what an earlier look has left that had to go."""
@@ -186,9 +190,7 @@ class _Sets:
         """A batch of this host's images with these numbers, and what became of them."""
         sets = {"made": made} if self._real is not None else {"real": real, "made": made}
         for name, images in sets.items():
-            _, seen = self._program({}, self._tensors, {"images": images})
-            features = own_rows({"features": seen["features"]}, self._runtime)
-            self._seen[name].append((indices, features))
+            self._seen[name].append((indices, {"features": self._features(images)["features"]}))
 
     def score(self, number: int) -> dict[str, float]:
         """Of all that was seen since `begin`."""
@@ -196,4 +198,4 @@ class _Sets:
         self._real = Gaussian.of(found["real"]) if "real" in found else self._real
         assert self._real is not None
         distance = frechet_distance(Gaussian.of(found["made"]), self._real)
-        return {f"heldout_{reconstruction_distance(self._extractor.space)}_{counted(number)}": distance}
+        return {f"heldout_{reconstruction_distance(self._features.extractor.space)}_{counted(number)}": distance}

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae_xla.evaluation.batches import Columns, Share, as_step, batch_size_for, gathered, own_rows, padded
+from rae_xla.evaluation.batches import Columns, Share, batch_size_for, gathered, own_rows, padded
 from rae_xla.evaluation.files import contact_sheet
 from rae_xla.evaluation.generation import Sampler, labels_of, sample_columns
-from rae_xla.evaluation.measured import Measured, view
+from rae_xla.evaluation.measured import Measured, Viewing
+from rae_xla.evaluation.reference import NAMED
 from rae_xla.evaluation.scoring import SampleScoring
 from rae_xla.hosts import Hosts
 from rae_xla.models.diffusion import DiffusionModel
@@ -83,7 +84,7 @@ class SampleLook:
                 shown.append((indices[indices < num_shown], own_rows(made, self._runtime)))
             # All hosts take part in every batch, whether or not they have a sample left.
             if self._scored is not None and num_scored:
-                scored.append((indices[indices < num_scored], self._scored.features(made)))
+                scored.append((indices[indices < num_scored], self._scored.features(made["images"])))
         values: dict[str, float] = {}
         pictures: dict[str, np.ndarray] = {}
         if num_shown:
@@ -118,26 +119,21 @@ class _Scored:
 
     def __init__(self, recipe: DiffusionRecipe, config: ScoringConfig, runtime: Runtime, hosts: Hosts) -> None:
         self._runtime, self._size = runtime, recipe.autoencoder.image_size
+        reference = config.reference
+        if reference is not None and reference not in NAMED:
+            reference = recipe.path(reference)
         self._scoring = SampleScoring(
-            config.features, recipe.data, config.reference, recipe.root, self._size, recipe.sampler.batch_size,
+            config.features, recipe.data, reference, recipe.root, self._size, recipe.sampler.batch_size,
             runtime, hosts, WEIGHTS_KEY,
         )  # fmt: skip
-        program = view(self._scoring.extractor, runtime)
-        self._program = runtime.compile(as_step(program), "features", exact=True)
-        self._tensors: Any = None
+        self.features = Viewing(self._scoring.extractor, runtime)
         self._reference: Measured | None = None
 
     def prepare(self, images_of_host: int) -> None:
         """Measure the reference, and compile what looks at a batch of which this host has so many images."""
         self._reference = self._scoring.reference()
-        self._tensors = self._runtime.place_frozen(self._scoring.extractor.tensors())
         blank = torch.zeros(images_of_host, self._size, self._size, 3, dtype=torch.uint8)
-        self._program.prepare({}, self._tensors, self._runtime.place_batch({"images": blank}))
-
-    def features(self, made: dict[str, Tensor]) -> Columns:
-        """What the extractor sees of this host's images, which are on the devices."""
-        _, seen = self._program({}, self._tensors, made)
-        return own_rows(seen, self._runtime)
+        self.features.prepare(self._runtime.place_batch({"images": blank})["images"])
 
     def scores(self, seen: Columns, labels: np.ndarray) -> dict[str, float]:
         """Those of samples, named after the number of these."""
