@@ -34,8 +34,8 @@ class EagerRuntime:
         self.compute_dtype = compute_dtype(precision)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # A GPU's convolutions would round float32 to 10 bits, and its products are asked not to.
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
 
     def describe(self) -> dict[str, Any]:
         """See `Runtime`."""

@@ -217,7 +217,10 @@ def test_references_are_known_by_name_and_content(tmp_path: Path, monkeypatch: p
         "name": None, "path": str(other), "sha256": storage.content_hash(str(other)), "purpose": None,
     }  # fmt: skip
     for given in ("adm", str(file)):
-        with pytest.raises(UserError, match="--reference: adm is a reference for generation, and these are scores of"):
+        with pytest.raises(
+            UserError,
+            match="--reference: adm is a reference for generation, and these are scores of reconstruction; name one",
+        ):
             open_reference(given, "reconstruction", str(tmp_path))
     file.write_bytes(other.read_bytes())
     with pytest.raises(UserError, match=rf"adm.npz is not the file that was published \(SHA-256 {sha256}\); remove it"):

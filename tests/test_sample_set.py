@@ -162,7 +162,11 @@ def test_a_job_scores_what_it_makes_without_keeping_it(
     np.savez(tmp_path / "other.npz", blotches(60, 32, 2))
     changed = ["--evaluation", str(recipe), "--reference", str(tmp_path / "other.npz")]
     code, errors = sample(root, *options[:-1], str(tmp_path / "both"), *changed)
-    assert code == 2 and "was scored against" in errors and "tools/evaluate.py generation --samples" in errors
+    assert (
+        code == 2
+        and "was scored against a file of SHA-256" in errors
+        and "tools/evaluate.py generation --samples" in errors
+    )
     assert exact_programs["features"] and not exact_programs["sampling (autoguidance)"]
     code, errors = sample(root, *options, "--no-images")
     assert code == 2 and "--no-images: goes with --reference or --evaluation" in errors

@@ -14,7 +14,8 @@ compare         what differs between two manifests of scores (files, or folders 
 References by name: adm_imagenet256 and adm_imagenet512 are fetched once into ROOT/pretrained and checked;
 imagenet_val_256_rfid is made by tools/reference_stats.py. By path: an .npz of images (arr_0), statistics (mu, sigma,
 mu_s, sigma_s) or both, or a folder of pictures. One for generation is refused for reconstruction, and the other way.
-manifest.json, with all that decides the scores, and report.html are written beside the samples, in scores/.
+manifest.json, with all that decides the scores, and report.html are written into scores/ beside samples.npz, into
+NAME.scores/ beside other files and folders, and for reconstruction into the run directory.
 The recipe's task is evaluation, or linear_probe.
 """
 
@@ -77,6 +78,11 @@ def _scored(what: str, arguments: argparse.Namespace, options: dict[str, str]) -
     return evaluate_linear_probe(recipe, made)
 
 
+def _short(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _compare(given: list[str]) -> dict[str, Any]:
     from rae_xla.errors import UserError
     from rae_xla.evaluation.score_files import compare
@@ -87,7 +93,7 @@ def _compare(given: list[str]) -> dict[str, Any]:
     for title, key in (("can move a score", "moves_scores"), ("may move last digits", "moves_last_digits")):
         print(f"{title}: {'nothing differs' if not found[key] else ''}")
         for name, (first, second) in found[key].items():
-            print(f"  {name}: {first} / {second}")
+            print(f"  {name}: {_short(first)} / {_short(second)}")
     for name, (first, second) in found["scores"].items():
         print(f"{name:28} {first} / {second}")
     return found
@@ -97,7 +103,7 @@ OPTIONS = {
     "--samples": ("S", "samples.npz, a folder that holds it, or a folder of pictures (generation)"),
     "--reference": ("R", "a name, or an .npz of images or statistics"),
     "--inception-weights": ("W", "torch-fidelity's weights-inception-2015-12-05-6726825d.pth; fetched if not given"),
-    "--out": ("DIR", "for manifest.json and report.html (default: scores/ beside the samples, or the run directory)"),
+    "--out": ("DIR", "for manifest.json and report.html (default: see above)"),
 }
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     from rae_xla.evaluation.reference_stats import write_reference
     from rae_xla.recipe import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides, "evaluation")
+    overrides = [*arguments.overrides, *cli.inception_override(arguments.inception_weights)]
+    recipe = load_recipe(arguments.recipe, overrides, "evaluation")
+    cli.check_inception(arguments.inception_weights, recipe)
     made = runtime.create(recipe.runtime, recipe.mesh, recipe.precision)
     result = write_reference(recipe, made, arguments.purpose, arguments.out, arguments.keep_images)
     print(f"{arguments.out}: {result['num_images']} images, {result['kept_images']} kept")
@@ -35,4 +37,5 @@ if __name__ == "__main__":
     parser.add_argument(
         "--keep-images", type=int, default=0, metavar="N", help="for precision and recall; ADM keeps 10000 (default: 0)"
     )
+    parser.add_argument("--inception-weights", metavar="W", help="as in tools/evaluate.py")
     cli.run(main, parser)

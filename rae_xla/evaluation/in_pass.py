@@ -28,6 +28,13 @@ from rae_xla.storage import join
 STATISTICS_FILE = "statistics.npz"
 
 
+def _named(identity: Mapping[str, Any]) -> str:
+    sha256 = identity.get("sha256")
+    return str(
+        identity["name"] or identity.get("path") or (f"a file of SHA-256 {sha256[:8]}..." if sha256 else "its own data")
+    )
+
+
 class ScoringInPass:
     """Of samples of this size. ``reference``: see `SampleScoring`. ``keep_images``: whether samples stay as images.
 
@@ -45,7 +52,7 @@ class ScoringInPass:
         keep_images: bool = True,
     ) -> None:
         self.keep_images = keep_images
-        self._runtime, self._batch_size = runtime, recipe.batch_size
+        self._runtime, self._image_size, self._batch_size = runtime, image_size, recipe.batch_size
         self._scoring = SampleScoring(
             recipe.features, recipe.data, reference, recipe.root, image_size, recipe.batch_size, runtime, Hosts(runtime)
         )
@@ -59,17 +66,17 @@ class ScoringInPass:
         """Raises a `UserError` if samples that are finished were scored against another reference."""
         before, now = manifest["scored_against"], self.identity()
         if before != now:
-            remedy = (
-                f"tools/evaluate.py generation --samples {directory} scores them again"
-                if self.keep_images
-                else "their images were not kept; give another folder"
+            samples = directory if self.keep_images else join(directory, SCORES, STATISTICS_FILE)
+            raise UserError(
+                f"--reference: {directory} was scored against {_named(before)}, now it is {_named(now)}; "
+                f"tools/evaluate.py generation --samples {samples} scores what is there against another"
             )
-            raise UserError(f"--reference: {directory} was scored against {before}, now it is {now}; {remedy}")
 
     def identity(self) -> dict[str, Any]:
-        """Of the reference."""
+        """Of the reference: its content, or for want of that where it is."""
         about = self._scoring.about
-        return {"name": about["name"], "sha256": about.get("sha256"), "path": about.get("path")}
+        known = {"name": about["name"], "sha256": about.get("sha256")}
+        return known if known["sha256"] is not None else {**known, "path": about.get("path")}
 
     def seen(self, batches: Iterator[tuple[Columns, Columns]], own: Share) -> Iterator[Columns]:
         """What a sampler makes, batch by batch, and the columns of its images."""
@@ -116,6 +123,7 @@ class ScoringInPass:
             said = {
                 "features": extractor.about(),
                 "num_images": len(labels),
+                "image_size": self._image_size,
                 "images_sha256": made.about["images_sha256"],
             }
             write_statistics(join(directory, STATISTICS_FILE), made.gaussians, said)

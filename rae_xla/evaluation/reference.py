@@ -62,7 +62,10 @@ def open_reference(reference: str, purpose: Purpose, root: str) -> tuple[str, di
     said = said_of_itself(read_arrays(path, KEY), path, KEY) if is_file else {}
     for meant in (None if name is None else NAMED[name].purpose, said.get("purpose")):
         if meant not in (None, purpose):
-            raise UserError(f"{KEY}: {name or path} is a reference for {meant}, and these are scores of {purpose}")
+            raise UserError(
+                f"{KEY}: {name or path} is a reference for {meant}, and these are scores of {purpose}; name one for "
+                f"that, or make it (tools/reference_stats.py --for {purpose})"
+            )
     return path, {"name": name, "path": path, "sha256": sha256, "purpose": purpose if name or said else None}
 
 

@@ -43,6 +43,8 @@ def write_reference(
         raise UserError("data: required for a reference; it says whose statistics are taken")
     if not out.endswith(".npz"):
         raise UserError(f"--out: {out} should end in .npz")
+    if purpose == "reconstruction" and recipe.data.num_images is not None:
+        raise UserError("data.num_images: cuts what is trained on; leave it out for what is held out")
     images = open_images(recipe.data, recipe.root, "train" if purpose == "generation" else "heldout")
     if keep_images > len(images):
         raise UserError(f"--keep-images: there are {len(images)} images, and {keep_images} were asked for")
@@ -55,7 +57,7 @@ def write_reference(
     scatters: dict[str, Scatter] = {}
     batches = run_batches(
         view(extractor, runtime), extractor.tensors(), images_in_order(images, recipe.data), len(images),
-        recipe.batch_size, runtime, "reference", exact=True,
+        min(recipe.batch_size, len(images)), runtime, "reference", exact=True,
     )  # fmt: skip
     for part, found in batches:
         seen = {name: found[name][: num_rows_of(part)] for name in MOMENTS if name in found}

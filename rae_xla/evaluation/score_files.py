@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,12 +20,27 @@ from rae_xla.evaluation.scores import ARITHMETIC, Scores
 from rae_xla.precision import effective_precision
 from rae_xla.runtime import Runtime
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.html"
 # Where scores lie, beside samples.
 SCORES = "scores"
-# What of a manifest moves no score: where files lie, how long it took, in what portions, and what was scored before.
-IGNORED = ("path", "seconds", "made_now", "batch_size", "num_devices", "mesh", "scores", "scored", "scored_against")
+# What of a manifest moves no score: where files lie, how long it took, in what portions, what was scored before, and
+# what follows from other keys.
+IGNORED = (
+    "path",
+    "seconds",
+    "made_now",
+    "batch_size",
+    "num_devices",
+    "mesh",
+    "scores",
+    "scored",
+    "scored_against",
+    "times",
+    "evaluations",
+)
 # And what may move its last digits.
 ROUNDING = ("device", "runtime", "torch", "torch_xla", "rae_xla")
 
@@ -41,17 +57,19 @@ def score_manifest(
 ) -> dict[str, Any]:
     """All that decides the scores. ``sampling``: the manifest of the samples; ``started``: by ``perf_counter``."""
     described = runtime.describe()
+    precision = effective_precision("fp32_highest", described["device"])
     return {
         "scores": scores,
         "samples": {**samples.about, "labels": label_counts(samples.labels)},
         "sampling": None if sampling is None else dict(sampling),
         "reference": reference.about,
         "features": extractor.about(),
-        "precision": effective_precision("fp32_highest", described["device"]),
+        "precision": precision,
         "distances": ARITHMETIC,
         "batch_size": batch_size,
         "rae_xla": __version__,
-        "runtime": {name: value for name, value in described.items() if name not in ("precision",)},
+        # The runtime's own precision is the sampler's, and not that of the scores.
+        "runtime": {name: value for name, value in described.items() if name not in precision},
         "seconds": round(time.perf_counter() - started, 2),
     }
 
@@ -71,6 +89,7 @@ def write_scores(
     """``manifest.json`` and ``report.html``."""
     storage.write_json(storage.join(directory, MANIFEST_FILE), manifest)
     storage.write_text(storage.join(directory, REPORT_FILE), score_report(manifest, made, reference, images_are))
+    logger.info("scores: %s", storage.join(directory, REPORT_FILE))
 
 
 def compare(first: str, second: str) -> dict[str, Any]:

@@ -56,7 +56,8 @@ TEMPLATE = """\
 <p>The first images, and below each the image of the reference whose features are nearest to its.</p>
 <img src="{{ pairs }}" alt="images above their neighbours">{% endif %}
 <h2>What decides the scores</h2>
-<table class="plain">{% for key, value in settings %}<tr><td>{{ key }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+<table class="plain">{% for key, value in settings %}
+<tr><td>{{ key }}</td><td>{{ "-" if value is none else value }}</td></tr>{% endfor %}</table>
 """
 NUM_SHOWN, NUM_PAIRED = 60, 10
 

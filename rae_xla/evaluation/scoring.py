@@ -15,7 +15,7 @@ from rae_xla.evaluation.measured import Measured, Measuring
 from rae_xla.evaluation.reference import KEY as REFERENCE_KEY
 from rae_xla.evaluation.reference import open_reference
 from rae_xla.evaluation.score_files import MANIFEST_FILE, SCORES, score_manifest, write_scores
-from rae_xla.evaluation.scores import Scores, likeness, recognised_share, scores_of, warn_of_order
+from rae_xla.evaluation.scores import Scores, check_enough, likeness, recognised_share, scores_of, warn_of_order
 from rae_xla.evaluation.stored_images import SAMPLES_FILE, ImagesInMemory, has_images, open_stored
 from rae_xla.hosts import Hosts, check_seen_by_all
 from rae_xla.models.inception import INPUT_SIZE
@@ -125,13 +125,17 @@ def evaluate_generation(
     hosts = Hosts(runtime)
     check_seen_by_all(samples, SAMPLES_KEY, hosts)
     has_no_images = samples.endswith(".npz") and not has_images(samples, SAMPLES_KEY)
-    size = None if has_no_images else open_stored(samples, SAMPLES_KEY).image_size
+    stored = None if has_no_images else open_stored(samples, SAMPLES_KEY)
+    if stored is not None:
+        check_enough(len(stored), "samples")
+    size = None if stored is None else stored.image_size
     scoring = SampleScoring(
         recipe.features, recipe.data, reference, recipe.root, size, recipe.batch_size, runtime, hosts
     )
+    # The reference first: it is the sooner measured, and may be of other features.
+    real = scoring.reference()
     made = scoring.measuring.file(samples, "samples", SAMPLES_KEY)
     warn_of_order(made.labels)
-    real = scoring.reference()
     scores = scoring.scores(made, real)
     if scoring.extractor.space == "judge":
         scores |= scoring.likeness(made)
