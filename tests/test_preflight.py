@@ -49,6 +49,7 @@ SHIPPED = {
             *[*NARROW["encoder"], *NARROW["decoder"], *NARROW["dit"]],
         ],
     ),
+    ("evaluation", "features"): (f"{QUICKSTART}/evaluation.yaml", [f"batch_size={IMAGES}"]),
     ("xl", "train"): (
         "recipes/synthetic/dit_dh_xl.yaml",
         [BATCH, *NARROW["encoder"], *NARROW["dit"], *NARROW["xl"]],
@@ -97,8 +98,6 @@ def test_a_mesh_that_does_not_fit_the_slice_and_other_mistakes(monkeypatch: pyte
     assert code == 2 and "mesh.slices: 2xv6e-8 has 2, the recipe says 1" in errors
     code, _, errors = run_tool("preflight", recipe, "--topology", "v6e-8", "--program", "fly")
     assert code == 2 and "--program: this recipe has no 'fly'; use train or sample" in errors
-    code, _, errors = run_tool("preflight", f"{QUICKSTART}/evaluation.yaml", "--topology", "v6e-8")
-    assert code == 2 and "has no program to look at" in errors
     monkeypatch.setattr(run.util, "find_spec", lambda name: None)
     code, _, errors = run_tool("preflight", recipe, BATCH, "--topology", "v6e-8")
     assert code == 2 and "pip install 'rae_xla[preflight]'" in errors and "Traceback" not in errors

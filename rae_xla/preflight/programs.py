@@ -14,7 +14,6 @@ import numpy as np
 
 from rae_xla.data.loader import blank_batch
 from rae_xla.data.sources import ImageSet, ShardedImages, num_classes_of, open_images, open_source
-from rae_xla.errors import UserError
 from rae_xla.evaluation.features import load_extractor
 from rae_xla.evaluation.generation import Sampler
 from rae_xla.evaluation.latent_stats import Progress, statistics_so_far
@@ -48,11 +47,7 @@ SCORED_IMAGE_SIZE = 256
 
 
 def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
-    """How each program of the recipe is started.
-
-    Raises:
-        UserError: the recipe's task compiles nothing that is known here.
-    """
+    """How each program of the recipe is started."""
     programs: dict[str, Callable[[Runtime], Any]] = {}
     if isinstance(recipe, TrainingRecipe):
         programs |= {name: partial(_train, recipe, phase) for name, phase in phases_of_training(recipe).items()}
@@ -64,8 +59,6 @@ def programs_of(recipe: CommonRecipe) -> dict[str, Callable[[Runtime], Any]]:
         programs["reconstruct"] = lambda runtime: _reconstruct(recipe, runtime)
     if isinstance(recipe, EvaluationRecipe):
         programs["features"] = lambda runtime: _features(recipe, runtime)
-    if not programs:
-        raise UserError(f"task: {recipe.task!r} has no program to look at")
     return programs
 
 
