@@ -115,7 +115,7 @@ def test_held_out_images_of_a_manifest(root: Path) -> None:
         (["linear-probe", IMAGENET], "heldout_source: .*imagenet/validation.json"),
         (["linear-probe", PROBE, "runtime=eager"], "autoencoder.encoder.weights: .* cannot be read"),
         (["linear-probe", PROBE, "autoencoder.decoder=null"], "autoencoder.decoder: unknown key"),
-        (["linear-probe", PROBE, "--samples", "x"], "--samples: only for generation; linear-probe reads held-out"),
+        (["linear-probe", PROBE, "--samples", "x"], "--samples: not for linear-probe"),
         (["linear-probe", "recipes/quickstart/evaluation.yaml"], "takes a recipe with task linear_probe"),
         (["reconstruction", PROBE], "takes a recipe with task evaluation"),
     ],
