@@ -321,7 +321,7 @@ def test_files_that_are_no_samples(tmp_path: Path) -> None:
         ),
         (
             ["--samples", "five.npz", "--reference", "gone.npz"],
-            "--reference: .*gone.npz is not there; correct the path",
+            "--reference: .*gone.npz is not there; correct",
         ),
         (
             ["--samples", "few.npz", "--inception-weights", "w"],
