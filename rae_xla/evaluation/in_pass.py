@@ -126,7 +126,7 @@ class ScoringInPass:
                 "image_size": self._image_size,
                 "images_sha256": made.about["images_sha256"],
             }
-            write_statistics(join(directory, STATISTICS_FILE), made.gaussians, said)
+            write_statistics(join(directory, SCORES, STATISTICS_FILE), made.gaussians, said)
         return scores
 
     @property
