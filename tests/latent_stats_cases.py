@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rae_xla import storage
+from rae_xla import tensor_files
 from rae_xla.evaluation import latent_stats
 from rae_xla.evaluation.batches import num_rows_of, run_batches
 from rae_xla.models.encoders import Encoder
@@ -85,7 +85,7 @@ def killed_pass(root: Path) -> None:
     if child:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         return
-    write, saves = storage.write_tensors, []
+    write, saves = tensor_files.write_tensors, []
 
     def write_or_die(*arguments: object) -> None:
         write(*arguments)
@@ -93,7 +93,7 @@ def killed_pass(root: Path) -> None:
         if len(saves) == KILLED_AFTER_SAVES:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    storage.write_tensors = write_or_die
+    tensor_files.write_tensors = write_or_die
     latent_stats.SECONDS_BETWEEN_SAVES = 0.0
     recipe = recipe_of(root, "killed", 64)
     latent_stats.write_latent_stats(recipe, runtime_of(recipe))

@@ -18,7 +18,7 @@ from faulty_bucket import BUCKET, FaultyProxy
 from photos import Rows, write_manifest_of, write_shards
 from safetensors.torch import load_file
 
-from rae_xla import storage
+from rae_xla import tensor_files
 from rae_xla.errors import StoppedError, UserError
 from rae_xla.recipe import load_recipe
 from rae_xla.runtime import create
@@ -185,7 +185,7 @@ def test_weights_are_exported_from_any_checkpoint(four_steps: Path, tmp_path: Pa
     raw = str(tmp_path / "raw.safetensors")
     code, _, errors = run_tool("export", str(four_steps / "judge"), "--out", raw, "--raw", "--step", "3")
     assert code == 0, errors
-    about = storage.read_about(raw)
+    about = tensor_files.read_about(raw)
     assert about["kind"] == "raw" and about["step"] == 3 and about["recipe"]["model"]["name"] == "convnet"
     found = load_file(raw)
     stored = StoredIndex(str(four_steps / "judge" / "checkpoints" / "step_00000003"))

@@ -13,7 +13,7 @@ from photos import encoded
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.data.shards import parquet_of
 from rae_xla.data.sources import Split, open_in_memory
 from rae_xla.data.transforms import to_unit
@@ -32,7 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder with random weights, which is a representation too, and its statistics."""
     root = tmp_path_factory.mktemp("probe")
     encoder = initialised(lambda: Encoder(load_recipe(PROBE, SMALL).autoencoder.encoder), 0)
-    storage.write_tensors(str(root / "encoder" / "weights.safetensors"), encoder.state_dict())
+    tensor_files.write_tensors(str(root / "encoder" / "weights.safetensors"), encoder.state_dict())
     code, _, errors = run_tool("latent_stats", "recipes/quickstart/latent_stats.yaml", *SMALL, f"root={root}")
     assert code == 0, errors
     return root
@@ -70,7 +70,7 @@ def test_reaches_what_logistic_regression_reaches(root: Path) -> None:
     assert scores["autoencoder.encoder.weights"] == storage.content_hash(str(weights))
     # All that was trained is the linear layer, and it is not trained a second time.
     trained = root / "linear_probe" / "weights.safetensors"
-    assert set(storage.read_tensors(str(trained), "weights")) == {"head.weight", "head.bias"}
+    assert set(tensor_files.read_tensors(str(trained), "weights")) == {"head.weight", "head.bias"}
     written = trained.stat().st_mtime_ns
     assert evaluated(root, *far) == scores and trained.stat().st_mtime_ns == written
 

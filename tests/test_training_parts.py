@@ -12,7 +12,7 @@ import torch
 import torch_xla.backends
 from mesh_cases import small_model
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.data.loader import BatchesInMemory
 from rae_xla.data.sources import DataConfig, open_in_memory
 from rae_xla.data.transforms import shift_randomly, to_bytes
@@ -266,7 +266,9 @@ def test_a_root_that_is_a_url() -> None:
     names = storage.list_names("memory://bucket/project/judge")
     assert {"checkpoints", "metrics.jsonl", "recipe.yaml", "report.json", "weights.safetensors"} <= set(names)
     assert storage.list_names("memory://bucket/project/judge/checkpoints") == ["step_00000004", "step_00000005"]
-    assert "trunk.hidden.weight" in storage.read_tensors("memory://bucket/project/judge/weights.safetensors", "weights")
+    assert "trunk.hidden.weight" in tensor_files.read_tensors(
+        "memory://bucket/project/judge/weights.safetensors", "weights"
+    )
 
 
 def test_bf16_keeps_float32_parameters_and_learns_alike(tmp_path: Path) -> None:
@@ -276,7 +278,7 @@ def test_bf16_keeps_float32_parameters_and_learns_alike(tmp_path: Path) -> None:
         overrides = [*short, "runtime=eager", f"root={tmp_path / precision}", f"precision={precision}"]
         recipe = load_recipe("recipes/quickstart/judge.yaml", overrides)
         losses[precision] = train(recipe, create("eager", MeshConfig(), precision))["last"]["loss"]
-        weights = storage.read_tensors(str(tmp_path / precision / "judge" / "weights.safetensors"), "weights")
+        weights = tensor_files.read_tensors(str(tmp_path / precision / "judge" / "weights.safetensors"), "weights")
         assert {value.dtype for value in weights.values()} == {torch.float32}
     assert losses["fp32"] != losses["bf16"] and losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
@@ -288,8 +290,10 @@ def test_training_starts_from_weights_that_are_given(one_device_run: Path, tmp_p
     overrides = [f"root={one_device_run}", *still, f"model.weights={given}"]
     recipe = load_recipe("recipes/quickstart/diffusion.yaml", overrides)
     train(recipe, create("eager", MeshConfig(), "fp32"))
-    before, after = [storage.read_tensors(str(path), "weights") for path in (given, tmp_path / "weights.safetensors")]
+    before, after = [
+        tensor_files.read_tensors(str(path), "weights") for path in (given, tmp_path / "weights.safetensors")
+    ]
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=1e-6)
-    about = storage.read_about(str(tmp_path / "weights.safetensors"))
+    about = tensor_files.read_about(str(tmp_path / "weights.safetensors"))
     assert about["layout"] == {"kind": "dit_dh", "grid": 4, "head_widths": [24, 32]}

@@ -16,7 +16,7 @@ from rae_xla import cli
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
     """``programs``: a list, one for each program and slice."""
-    from rae_xla.preflight.topologies import topology
+    from rae_xla.topologies import topology
 
     # A misspelt one is told before torch is imported.
     topologies = [topology(name) for name in dict.fromkeys(arguments.topology)]

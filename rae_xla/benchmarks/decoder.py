@@ -14,7 +14,7 @@ import torchvision
 from matplotlib.figure import Figure
 from torch import nn
 
-from rae_xla import runtime, storage
+from rae_xla import runtime, storage, tensor_files
 from rae_xla.config import override
 from rae_xla.data.sources import open_in_memory
 from rae_xla.data.transforms import to_unit
@@ -99,7 +99,7 @@ def write_untrained(recipe: AutoencoderRecipe) -> None:
 
 def _write(recipe: AutoencoderRecipe, file: str | None, make: Any) -> None:
     if file is not None and not storage.exists(recipe.path(file)):
-        storage.write_tensors(recipe.path(file), initialised(make, 0).state_dict())
+        tensor_files.write_tensors(recipe.path(file), initialised(make, 0).state_dict())
 
 
 def _untrained_vgg() -> nn.Module:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.data.loader import images_in_order
 from rae_xla.data.sources import ImageSet, ShardedImages, open_images
 from rae_xla.data.transforms import to_unit
@@ -163,7 +163,7 @@ def write_latent_stats(recipe: LatentStatsRecipe, runtime: Runtime) -> dict[str,
     }
     save_recipe(recipe, run_dir)
     found = {name: torch.from_numpy(values).float() for name, values in stats.items()}
-    storage.write_tensors(path, found, {"decided_by": decided_by})
+    tensor_files.write_tensors(path, found, {"decided_by": decided_by})
     storage.write_json(report_path, report)
     if storage.exists(progress_path):
         storage.remove(progress_path)
@@ -175,7 +175,7 @@ def write_progress(path: str, progress: Progress, decided_by: Mapping[str, Any])
     moments = progress.moments
     tensors = {"mean": torch.from_numpy(moments.mean), "squares": torch.from_numpy(moments.squares)}
     about = {"position": progress.position, "count": moments.count, "decided_by": dict(decided_by)}
-    storage.write_tensors(path, tensors, about)
+    tensor_files.write_tensors(path, tensors, about)
 
 
 def read_progress(path: str, decided_by: Mapping[str, Any]) -> Progress:
@@ -184,7 +184,7 @@ def read_progress(path: str, decided_by: Mapping[str, Any]) -> Progress:
     Raises:
         UserError: the file cannot be read, or its pass was over other images or with another encoder; names all keys.
     """
-    tensors = storage.read_tensors(path, "run_dir")
+    tensors = tensor_files.read_tensors(path, "run_dir")
     about = _check_same_pass(path, decided_by)
     moments = Moments(about["count"], tensors["mean"].numpy(), tensors["squares"].numpy())
     return Progress(about["position"], moments)
@@ -192,7 +192,7 @@ def read_progress(path: str, decided_by: Mapping[str, Any]) -> Progress:
 
 def _check_same_pass(path: str, decided_by: Mapping[str, Any]) -> dict[str, Any]:
     """What a file says of itself; raises a `UserError` if it is not of a pass that is decided by the same."""
-    about = storage.read_about(path)
+    about = tensor_files.read_about(path)
     before = about.get("decided_by", {})
     changed = [key for key in sorted({*before, *decided_by}) if before.get(key) != decided_by.get(key)]
     if changed:

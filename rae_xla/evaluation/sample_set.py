@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rae_xla import __version__, storage
+from rae_xla import __version__, storage, tensor_files
 from rae_xla.config import flattened
 from rae_xla.errors import StoppedError, UserError
 from rae_xla.evaluation.batches import Columns, Share
@@ -228,7 +228,7 @@ class _PartsWriter:
                 columns[SHOWN].append(np.array(index))
         tensors = {name: torch.from_numpy(np.stack(rows)) for name, rows in columns.items()}
         path = _part_path(self._directory, samples[0][0], samples[-1][0] + 1)
-        self._writing = self._thread.submit(storage.write_tensors, path, tensors)
+        self._writing = self._thread.submit(tensor_files.write_tensors, path, tensors)
 
     def _wait(self) -> None:
         writing, self._writing = self._writing, None
@@ -263,14 +263,14 @@ class _Part:
 
     def read(self, *names: str) -> Columns:
         """Raises a `StoppedError` if the file does not hold what its name says."""
-        tensors = storage.read_tensors(self.path, "--out")
+        tensors = tensor_files.read_tensors(self.path, "--out")
         if any(name not in tensors or len(tensors[name]) != self.end - self.begin for name in names):
             raise StoppedError(f"{self.path} is damaged; remove it, and the same command makes its samples again")
         return {name: tensors[name].numpy()[self.first - self.begin :] for name in names}
 
     def shown(self) -> Iterator[tuple[int, np.ndarray]]:
         """Of a set without images, those that are kept for the sheet, by their indices."""
-        tensors = storage.read_tensors(self.path, "--out")
+        tensors = tensor_files.read_tensors(self.path, "--out")
         if SHOWN in tensors:
             yield from zip(tensors[SHOWN].tolist(), tensors[IMAGES].numpy(), strict=True)
 

@@ -17,7 +17,7 @@ import torchvision
 from pydantic import Field
 from torch import Tensor, nn
 
-from rae_xla import storage
+from rae_xla import tensor_files
 from rae_xla.config import Config
 from rae_xla.models.convert.files import read_weight_file
 from rae_xla.models.loading import assign_weights, on_meta, values_wanted
@@ -87,7 +87,7 @@ def load_perceptual_distance(path: str, key: str) -> PerceptualDistance:
         spec = find_spec("lpips")
         assert spec is not None and spec.origin is not None
         # The package would have them unpickled.
-        linear = storage.read_pickle(str(Path(spec.origin).parent / "weights" / "v0.1" / "vgg.pth"), key)
+        linear = tensor_files.read_pickle(str(Path(spec.origin).parent / "weights" / "v0.1" / "vgg.pth"), key)
         tensors |= {
             f"linear_{number}": linear[f"lin{number}.model.1.weight"].flatten() for number in range(len(LAYERS))
         }

@@ -18,7 +18,7 @@ from urllib.request import urlopen
 
 import timm
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.errors import UserError, first_line
 from rae_xla.models.loading import values_wanted
 
@@ -129,7 +129,7 @@ def _fetch(timm_model: str, path: str, key: str) -> None:
             f"{key}: {timm_model} cannot be fetched from the Hugging Face hub ({type(error).__name__}); "
             f"with no network, put the file of huggingface.co/timm/{timm_model} somewhere and give its path here"
         ) from error
-    storage.write_tensors(path, backbone.state_dict())
+    tensor_files.write_tensors(path, backbone.state_dict())
 
 
 def _download(url: str, path: str, sha256: str | None, key: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rae_xla.preflight.programs import raised
-from rae_xla.preflight.topologies import Chip
+from rae_xla.topologies import Chip
 from rae_xla.runtime import Runtime, TracedProgram, create
 from rae_xla.sharding import MeshConfig
 

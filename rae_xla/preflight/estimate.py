@@ -14,7 +14,7 @@ from typing import Literal
 
 from rae_xla.preflight.hlo import COLLECTIVES, NAMES, Computation, Instruction, Module
 from rae_xla.preflight.links import Links
-from rae_xla.preflight.topologies import Topology
+from rae_xla.topologies import Topology
 
 Lane = Literal["core", "links", "slices", "memory"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from rae_xla.preflight.topologies import Topology
+from rae_xla.topologies import Topology
 
 SECONDS_A_HOP = 1e-6
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.errors import UserError
 from rae_xla.models.functional import Tensors, by_module_names
 from rae_xla.training.checkpoint import CHECKPOINTS, CONSTANTS, complete_steps, step_directory
@@ -109,13 +109,13 @@ def export_weights(checkpoint: StoredIndex, kind: str, path: str) -> dict[str, A
 
     def values() -> Iterator[Tensor]:
         read, tensor = "", Tensor()
-        for name in storage.in_file_order(described):
+        for name in tensor_files.in_file_order(described):
             place = places[name]
             if place.name != read:
                 read, tensor = place.name, checkpoint.whole(place.name)
             yield place.of(tensor)
 
-    storage.stream_tensors(path, described, values(), about)
+    tensor_files.stream_tensors(path, described, values(), about)
     return about
 
 

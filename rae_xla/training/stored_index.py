@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.data.remote import RemoteFiles
 from rae_xla.errors import SourceError, first_line
 
@@ -61,7 +61,7 @@ class StoredIndex:
             raise DamagedError(f"{storage.join(directory, INDEX_FILE)}: {first_line(error)}") from error
         self.about: dict[str, Any] = index["about"]
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(t["shape"]) for name, t in index["tensors"].items()}
-        self.dtypes = {name: storage.DTYPES[t["dtype"]] for name, t in index["tensors"].items()}
+        self.dtypes = {name: tensor_files.DTYPES[t["dtype"]] for name, t in index["tensors"].items()}
         self.parts = {
             name: [
                 StoredPart(p["file"], p["begin"], p["crc32"], tuple(p["offsets"]), tuple(p["shape"]))

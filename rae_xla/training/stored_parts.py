@@ -48,7 +48,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from rae_xla import storage
+from rae_xla import storage, tensor_files
 from rae_xla.runtime import Parts
 from rae_xla.training.stored_index import FORMAT, INDEX_FILE, MARKER_FILE, StoredIndex, narrowed
 
@@ -240,11 +240,11 @@ class _Writer(StorageWriter):
             for item in items:
                 part = planner.resolve_data(item)
                 assert isinstance(part, Tensor)
-                checksums.append(zlib.crc32(storage.bytes_of(part)))
+                checksums.append(zlib.crc32(tensor_files.bytes_of(part)))
                 yield part
 
         described = {_part_name(item.index): (_dtype(item), _chunk(item).sizes) for item in items}
-        begins = storage.stream_tensors(storage.join(self._directory, file), described, values())
+        begins = tensor_files.stream_tensors(storage.join(self._directory, file), described, values())
         return [
             WriteResult(item.index, _size(item), (file, begin, checksum))
             for item, begin, checksum in zip(items, begins, checksums, strict=True)
@@ -260,7 +260,7 @@ class _Writer(StorageWriter):
                 file, begin, checksum = places[name, chunk.offsets]
                 where = {"file": file, "begin": begin, "crc32": checksum}
                 parts.append({"offsets": list(chunk.offsets), "shape": list(chunk.sizes), **where})
-            dtype = storage.DTYPE_NAMES[tensor.properties.dtype]
+            dtype = tensor_files.DTYPE_NAMES[tensor.properties.dtype]
             tensors[name] = {"shape": list(tensor.size), "dtype": dtype, "parts": parts}
         index = json.dumps({"format": FORMAT, "about": self._about, "tensors": tensors}).encode()
         storage.write_bytes(storage.join(self._directory, INDEX_FILE), index)

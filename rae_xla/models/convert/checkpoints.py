@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rae_xla import __version__, storage
+from rae_xla import __version__, storage, tensor_files
 from rae_xla.errors import UserError
 from rae_xla.models.autoencoder import AutoencoderConfig, encoder_weights_path
 from rae_xla.models.convert.diffusers import AutoencoderParts, AutoencoderSizes, from_diffusers, to_diffusers
@@ -85,7 +85,7 @@ def convert_from_diffusers(source: str, target: str) -> dict[str, Any]:
         config = storage.read_json(storage.join(source, DIFFUSERS_CONFIG))
     except (OSError, ValueError) as error:
         raise UserError(f"IN: {source} has no readable {DIFFUSERS_CONFIG}; give a saved AutoencoderRAE") from error
-    tensors = storage.read_tensors(storage.join(source, DIFFUSERS_WEIGHTS), "IN")
+    tensors = tensor_files.read_tensors(storage.join(source, DIFFUSERS_WEIGHTS), "IN")
     try:
         parts, layout = from_diffusers(tensors, config)
         _check(parts.decoder, layout)
@@ -133,7 +133,7 @@ def convert_to_diffusers(config: AutoencoderConfig, root: str, target: str) -> d
         tensors, described = to_diffusers(AutoencoderParts(encoder=encoder, decoder=decoder, stats=stats), sizes)
     except (ValueError, KeyError) as error:
         raise UserError(f"autoencoder: {_said(error)}") from error
-    storage.write_tensors(storage.join(target, DIFFUSERS_WEIGHTS), tensors)
+    tensor_files.write_tensors(storage.join(target, DIFFUSERS_WEIGHTS), tensors)
     storage.write_json(storage.join(target, DIFFUSERS_CONFIG), described)
     return {"layout": "diffusers", "kind": "autoencoder", "path": target, "channels": channels}
 
@@ -152,7 +152,7 @@ def _said(error: ValueError | KeyError) -> str:
 
 def _write(path: str, tensors: Tensors, about: dict[str, Any] | None) -> None:
     if path.endswith(".safetensors"):
-        storage.write_tensors(path, dict(tensors), about)
+        tensor_files.write_tensors(path, dict(tensors), about)
         return
     buffer = io.BytesIO()
     torch.save(dict(tensors), buffer)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from rae_xla import storage
+from rae_xla import tensor_files
 from rae_xla.errors import UserError
 from rae_xla.models.convert.keys import Tensors
 from rae_xla.models.convert.released import Layout, from_released, kind_of
@@ -43,12 +43,12 @@ def read_weight_file(path: str, key: str, which: Which | None = None) -> WeightF
     if path.endswith(".safetensors"):
         if which is not None:
             raise UserError(f"{key}: {path} holds one set of weights, not {which} beside another")
-        tensors = storage.read_tensors(path, key)
-        layout = storage.read_about(path).get("layout")
+        tensors = tensor_files.read_tensors(path, key)
+        layout = tensor_files.read_about(path).get("layout")
         return WeightFile(tensors=tensors, taken=None, layout=None if layout is None else Layout.from_json(layout))
     if not path.endswith(PICKLES):
         raise UserError(f"{key}: {path} should end in .safetensors or .pt")
-    content = storage.read_pickle(path, key)
+    content = tensor_files.read_pickle(path, key)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     taken = _choose(content, which)

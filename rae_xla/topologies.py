@@ -97,6 +97,11 @@ class Topology:
         return self.chips_per_slice * self.num_slices
 
     @property
+    def hosts_per_slice(self) -> int:
+        """Machines, of which each runs the command: eight chips in a plane are one, else four are."""
+        return 1 if self.chips_per_slice <= 8 and not self.chip.torus_3d else max(1, self.chips_per_slice // 4)
+
+    @property
     def wraps(self) -> tuple[bool, ...]:
         """Whether the ends of each axis are linked."""
         if self.chip.torus_3d:
@@ -116,8 +121,8 @@ class Topology:
         return f"{self.chip.platform}:{'x'.join(map(str, self.shape))}", options
 
 
-def topology(name: str) -> Topology:
-    """By a name such as ``v6e-64``, ``v5p-128`` or, for four slices, ``4xv6e-256``.
+def topology(name: str, key: str = "--topology") -> Topology:
+    """By a name such as ``v6e-64``, ``v5p-128`` or, for four slices, ``4xv6e-256``; ``key`` is the argument to name.
 
     The number in ``v4-N`` and ``v5p-N`` counts cores, two a chip; in ``v5litepod-N`` and ``v6e-N`` it counts chips.
 
@@ -127,14 +132,14 @@ def topology(name: str) -> Topology:
     found = re.fullmatch(r"(?:(\d+)x)?(v\w+)-(\d+)", name)
     generation = OTHER_NAMES.get(found[2], found[2]) if found else ""
     if found is None or generation not in CHIPS:
-        raise UserError(f"--topology: {name!r} is not known; use a Cloud name such as v6e-64 ({', '.join(CHIPS)}; -N)")
+        raise UserError(f"{key}: {name!r} is not known; use a Cloud name such as v6e-64 ({', '.join(CHIPS)}; -N)")
     chip = CHIPS[generation]
     shapes = _CUBES if chip.torus_3d else _FLAT
     chips, rest = divmod(int(found[3]), chip.cores)
     if rest or chips not in shapes or chips > LARGEST[generation]:
         offered = [f"{generation}-{count * chip.cores}" for count in sorted(shapes) if count <= LARGEST[generation]]
-        raise UserError(f"--topology: Cloud has no {name!r}; use {', '.join(offered)}")
+        raise UserError(f"{key}: Cloud has no {name!r}; use {', '.join(offered)}")
     num_slices = int(found[1] or 1)
     if num_slices < 1:
-        raise UserError(f"--topology: {name!r}: at least one slice")
+        raise UserError(f"{key}: {name!r}: at least one slice")
     return Topology(name, generation, shapes[chips], num_slices)
