@@ -22,8 +22,8 @@ from rae_xla.preflight.links import Links
 from rae_xla.preflight.programs import programs_of
 from rae_xla.preflight.report import explained
 from rae_xla.preflight.run import Compiled, Job, compile_all
-from rae_xla.topologies import topology
 from rae_xla.recipe import load_recipe
+from rae_xla.topologies import topology
 
 # Nothing else has this size, heads times a chip's images included, so that arrays of the whole batch can be told.
 IMAGES = 8 * 47

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from rae_xla.preflight.programs import raised
-from rae_xla.topologies import Chip
 from rae_xla.runtime import Runtime, TracedProgram, create
 from rae_xla.sharding import MeshConfig
+from rae_xla.topologies import Chip
 
 SMALLEST_SLICE = 8
 """One host of every generation has a slice of this number."""

@@ -14,8 +14,8 @@ from rae_xla.preflight.calibration import CALIBRATIONS, SMALLEST_SLICE
 from rae_xla.preflight.cost import Cost, cost_of
 from rae_xla.preflight.programs import flops_per_image, num_steps_of, phases_of_training, programs_of
 from rae_xla.preflight.run import DEFAULT_CACHE, Compiled, Job, compile_all
-from rae_xla.topologies import Topology, topology
 from rae_xla.recipe import CommonRecipe, TrainingRecipe, load_recipe
+from rae_xla.topologies import Topology, topology
 
 logger = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from typing import Any
 from rae_xla.errors import UserError
 from rae_xla.preflight.estimate import Estimate, Estimator
 from rae_xla.preflight.hlo import Module
-from rae_xla.topologies import Topology
 from rae_xla.preflight.trace_worker import USER_ERROR
+from rae_xla.topologies import Topology
 
 logger = logging.getLogger(__name__)
 
