@@ -9,10 +9,12 @@ import yaml
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from rae_xla import storage
-from rae_xla.config import Config, apply_overrides, describe_errors, read_yaml
+from rae_xla.cloud.job import CloudConfig
+from rae_xla.config import Config, apply_overrides, describe_errors, flattened, read_yaml
 from rae_xla.data.sources import SOURCES, DataConfig
 from rae_xla.errors import UserError
 from rae_xla.evaluation.features import FeaturesConfig, InceptionConfig
+from rae_xla.evaluation.reference import NAMED
 from rae_xla.flow.guidance import GuidanceConfig, NoGuidance
 from rae_xla.flow.sampler import SamplerConfig
 from rae_xla.flow.schedule import FlowConfig, TimeConfig
@@ -44,6 +46,7 @@ class CommonRecipe(Config):
     runtime: Literal["xla", "eager"] = "xla"
     mesh: MeshConfig = MeshConfig()
     precision: Precision = "fp32"
+    cloud: CloudConfig = CloudConfig()
 
     def path(self, path: str) -> str:
         """A path of this recipe, made absolute by its ``root``."""
@@ -300,6 +303,27 @@ def load_recipe(path: str, overrides: list[str], *tasks: str) -> Any:
         return RECIPES[str(task)].model_validate(content)
     except ValidationError as error:
         raise UserError(describe_errors(error, path, RECIPES[str(task)], content)) from error
+
+
+# Keys whose values are files that are read.
+_INPUT_KEYS = ("weights", "latent_stats", "source", "heldout_source", "reference", "from")
+
+
+def input_files(recipe: CommonRecipe) -> dict[str, str]:
+    """The files that a recipe names to be read, by its keys, made absolute; no sets in memory, no references' names."""
+    named = {
+        key: value
+        for key, value in flattened(recipe.model_dump(mode="json"))
+        if key.rpartition(".")[2] in _INPUT_KEYS and value not in (None, *SOURCES, *NAMED)
+    }
+    return recipe.paths(named)
+
+
+def check_inputs(recipe: CommonRecipe) -> None:
+    """Raises a `UserError` that names all files of `input_files` that are not there."""
+    missing = [f"{key}: {path} is not there" for key, path in input_files(recipe).items() if not storage.exists(path)]
+    if missing:
+        raise UserError("; ".join(missing) + "; make or copy them first, or correct the paths")
 
 
 def with_autoencoder() -> tuple[str, ...]:

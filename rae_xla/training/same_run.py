@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, Mapping[str, str]]
 # Where and how a run is computed, logged and kept; not what it computes.
-COMPUTED = ("root", "run_dir", "runtime", "mesh", "compute", "log", "profile", "checkpoint", "recovery", "resume")
+COMPUTED = (
+    *("root", "run_dir", "runtime", "mesh", "cloud"),
+    *("compute", "log", "profile", "checkpoint", "recovery", "resume"),
+)
 # How images are fetched; not which, or in which order.
 _FETCHING = ("num_workers", "timeout_seconds", "give_up_seconds", "max_unreadable")
 # How long it is, too, and what only sampling and scoring read.

@@ -1,0 +1,270 @@
+"""What ``tools/tpu.py`` does, one function for each of its commands."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rae_xla import storage
+from rae_xla.cloud.deciding import chip_hours, going_on
+from rae_xla.cloud.gcloud import INSTALL, Gcloud, GcloudError
+from rae_xla.cloud.job import JOBS, JobFiles, JobSpec, State
+from rae_xla.cloud.queued import create_slice
+from rae_xla.cloud.submitting import Order, check_cloud, prepare, shown
+from rae_xla.cloud.supervisor import LOOK_SECONDS, Supervisor, WatchedError, as_text, request_stop
+from rae_xla.cloud.watching import Seen, look, slices_of
+from rae_xla.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 5.0
+# Of ssh itself, not of what it runs.
+SSH_FAILED = 255
+Show = Callable[[str], None] | None
+
+
+def gcloud_of(spec: JobSpec, show: Show = None) -> Gcloud:
+    """For a job's project and zone."""
+    return Gcloud(spec.project, spec.zone, show)
+
+
+def submit(order: Order, show: Show = None) -> JobFiles:
+    """Make a job and ask for its slices. With ``show``, say what would be done.
+
+    Raises:
+        UserError: anything that is wrong; nothing was made then.
+    """
+    from rae_xla.recipe import check_inputs
+
+    prepared = prepare(order)
+    files, spec = prepared.files, prepared.spec
+    gcloud = gcloud_of(spec)
+    if show is not None:
+        for line in shown(prepared, gcloud):
+            show(line)
+        return files
+    check_cloud(prepared, gcloud)
+    check_inputs(prepared.recipe)
+    prepared.make()
+    try:
+        create_slice(files, spec, 1, gcloud)
+    except GcloudError as error:
+        if error.kind in ("capacity", "transient"):
+            logger.info("%s; whoever watches asks again", error)
+            return files
+        storage.remove(files.directory)
+        raise UserError(str(error)) from error
+    logger.info("%s is asked for in %s", spec.resource(1), spec.zone)
+    return files
+
+
+def watch(files: JobFiles, look_seconds: float = LOOK_SECONDS, show: Show = None) -> State:
+    """Supervise a job to its end; one that was stopped or failed is begun again."""
+    spec, state = files.spec(), files.state()
+    if show is not None:
+        _show_watching(files, spec, state, show)
+        return state
+    supervisor = Supervisor(files, spec, gcloud_of(spec), look_seconds)
+    if state.outcome == "succeeded":
+        return supervisor.run()
+    if state.outcome is not None:
+        if files.read("stop.json") is not None:
+            storage.remove(files.path("stop.json"))
+        files.write_state(going_on(state, time.time()))
+    return supervisor.run()
+
+
+def _show_watching(files: JobFiles, spec: JobSpec, state: State, show: Callable[[str], None]) -> None:
+    from rae_xla.cloud.queued import delete_slice
+
+    gcloud = gcloud_of(spec, show)
+    show(f"every {LOOK_SECONDS:.0f} s:")
+    slices_of(spec, gcloud)
+    show("while there is no slice:")
+    create_slice(files, spec, state.generation, gcloud)
+    show("for a slice that was taken away, failed, or is not needed any more:")
+    delete_slice(spec, state.generation, gcloud)
+
+
+def stop(files: JobFiles, *, at_once: bool, look_seconds: float = LOOK_SECONDS, show: Show = None) -> State:
+    """End a job: its machines save themselves, unless ``at_once``, and everything is given back."""
+    spec, state = files.spec(), files.state()
+    if show is not None:
+        show(f"write {files.path('stop.json')}")
+        _show_watching(files, spec, state, show)
+        return state
+    request_stop(files)
+    supervisor = Supervisor(files, spec, gcloud_of(spec), look_seconds)
+    while True:
+        try:
+            return supervisor.end_at_once() if at_once else supervisor.run()
+        except WatchedError as error:
+            logger.info("%s; it is asked to end the job", error)
+        time.sleep(look_seconds)
+        state = files.state()
+        if state.outcome is not None and not slices_of(spec, gcloud_of(spec)):
+            return state
+
+
+def clean(files: JobFiles, *, look_seconds: float = LOOK_SECONDS, show: Show = None) -> None:
+    """Give everything back and remove the job's folder; what its tool wrote stays."""
+    stop(files, at_once=True, look_seconds=look_seconds, show=show)
+    if show is not None:
+        show(f"remove {files.directory}")
+        return
+    storage.remove(files.directory)
+
+
+def status(files: JobFiles) -> dict[str, Any]:
+    """Where a job stands, its slices and machines."""
+    spec, state = files.spec(), files.state()
+    now = time.time()
+    seen = look(files, spec, state, gcloud_of(spec), now)
+    return {
+        "name": spec.name,
+        "slices": f"{spec.num_slices} x {spec.accelerator}" if spec.num_slices > 1 else spec.accelerator,
+        "zone": spec.zone,
+        "stands": _stands(state, seen),
+        "watched": _watched(files, now),
+        "attempt": state.attempt,
+        "preemptions": state.preemptions,
+        "crashes": state.crashes,
+        "checkpoint": seen.progress,
+        "chip_hours": chip_hours(spec, state, now),
+        "machines": [
+            {
+                "name": machine.name,
+                "heard_seconds_ago": None if machine.heard is None else now - machine.heard,
+                "wrote_seconds_ago": None if machine.last_output is None else now - machine.last_output,
+                "ended_with": None if machine.ended is None else machine.ended.code,
+                "says": machine.setup_failed or (machine.ended.said if machine.ended else None),
+            }
+            for machine in seen.machines
+        ],
+        "events": [f"{as_text(event.time)}  {event.text}" for event in state.events],
+    }
+
+
+def _stands(state: State, seen: Seen) -> str:
+    there = ", ".join(f"g{one.generation} {one.state}" for one in seen.slices) or "no slice"
+    if state.outcome is not None:
+        return f"{state.outcome}: {state.reason} ({there})"
+    return there
+
+
+def _watched(files: JobFiles, now: float) -> str:
+    watch = files.read("supervisor.json")
+    return "by nobody" if watch is None else f"by {watch['who']}, {now - watch['time']:.0f} s ago"
+
+
+def as_lines(found: dict[str, Any]) -> list[str]:
+    """`status` for people."""
+    lines = [f"{key:12} {found[key]}" for key in ("name", "slices", "zone", "stands", "watched", "attempt")]
+    lines += [f"{key:12} {found[key]}" for key in ("preemptions", "crashes", "checkpoint")]
+    lines.append(f"chip-hours   {found['chip_hours']:.1f}")
+    for machine in found["machines"]:
+        heard, wrote = machine["heard_seconds_ago"], machine["wrote_seconds_ago"]
+        parts = [
+            "not heard of yet" if heard is None else f"heard {heard:.0f} s ago",
+            "" if wrote is None else f"wrote {wrote:.0f} s ago",
+            "" if machine["ended_with"] is None else f"ended with {machine['ended_with']}",
+            machine["says"] or "",
+        ]
+        lines.append(f"  {machine['name']}  {', '.join(part for part in parts if part)}")
+    return [*lines, *found["events"]]
+
+
+def logs(files: JobFiles, worker: int, attempt: int | None, *, follow: bool) -> Iterator[str]:
+    """What a machine's command wrote, by the machine's number over all slices; the present attempt if none is named.
+
+    Raises:
+        UserError: no such machine, or nothing was written yet.
+    """
+    spec, state = files.spec(), files.state()
+    names = spec.workers(state.generation)
+    if not 0 <= worker < len(names):
+        raise UserError(f"--worker: {worker}: the job has machines 0 to {len(names) - 1}")
+    chosen = state.attempt if attempt is None else attempt
+    directory = _directory_of(files, spec, state, worker, chosen)
+    if directory is None and not follow:
+        raise UserError(f"--attempt: nothing was written in attempt {chosen}; tools/tpu.py status says where it stands")
+    told: set[str] = set()
+    while True:
+        directory = directory or _directory_of(files, spec, state, worker, chosen)
+        pieces = [] if directory is None else storage.list_names(directory)
+        for name in pieces:
+            if name.startswith("log-") and name not in told:
+                told.add(name)
+                yield storage.read_bytes(storage.join(str(directory), name)).decode(errors="replace")
+        if not follow or "exit.json" in pieces:
+            return
+        time.sleep(FOLLOW_SECONDS)
+
+
+def _directory_of(files: JobFiles, spec: JobSpec, state: State, worker: int, attempt: int) -> str | None:
+    """Of an attempt on a machine: slices come and go, an attempt is on one of them."""
+    for generation in range(state.generation, 0, -1):
+        directory = files.attempt(spec.workers(generation)[worker], attempt)
+        if storage.list_names(directory):
+            return directory
+    return None
+
+
+def attach(files: JobFiles, worker: int, show: Show = None) -> int:
+    """A shell on a machine, by gcloud's ssh; its exit code."""
+    spec, state = files.spec(), files.state()
+    names = spec.workers(state.generation)
+    if not 0 <= worker < len(names):
+        raise UserError(f"--worker: {worker}: the job has machines 0 to {len(names) - 1}")
+    node, index = divmod(worker, spec.topology.hosts_per_slice)
+    command = [
+        *("gcloud", "compute", "tpus", "tpu-vm", "ssh", spec.nodes(state.generation)[node]),
+        *(f"--worker={index}", f"--project={spec.project}", f"--zone={spec.zone}"),
+        *(["--internal-ip"] if spec.internal_ips else []),
+    ]
+    if show is not None:
+        import shlex
+
+        show(shlex.join(command))
+        return 0
+    if shutil.which("gcloud") is None:
+        raise UserError(INSTALL)
+    code = subprocess.run(command, check=False).returncode
+    if code == SSH_FAILED:
+        raise UserError(
+            "ssh did not connect; if it says that the host's key has changed, remove the line it names from "
+            "~/.ssh/google_compute_known_hosts. The job does not need ssh"
+        )
+    return code
+
+
+def jobs(root: str) -> list[dict[str, Any]]:
+    """All jobs of a root, by what is in the bucket."""
+    found = []
+    for name in storage.list_names(storage.join(root, JOBS)):
+        files = JobFiles(root, name)
+        if files.read("job.json") is None:
+            continue
+        spec, state = files.spec(), files.state()
+        found.append(
+            {
+                "name": name,
+                "slices": f"{spec.num_slices} x {spec.accelerator}",
+                "zone": spec.zone,
+                "outcome": state.outcome or f"attempt {state.attempt}",
+                "created": as_text(spec.created),
+                "watched": _watched(files, time.time()),
+            }
+        )
+    return found
+
+
+def write(text: str) -> None:
+    """To standard output, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,119 @@
+"""The ``gcloud`` command, with argument lists, and what its failures mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rae_xla.errors import StoppedError, UserError
+
+logger = logging.getLogger(__name__)
+
+# The longest seen is a create without --async, which we do not use.
+TIMEOUT_SECONDS = 300
+Kind = Literal["not_found", "taken", "quota", "capacity", "refused", "logged_out", "transient", "unknown"]
+# By the first that is found in what gcloud says; a refusal for a quota has the code of one for capacity.
+_KINDS: tuple[tuple[Kind, str], ...] = (
+    ("logged_out", r"gcloud auth login|active account|reauthentication|refresh.*token|invalid_grant"),
+    ("capacity", r"no more capacity|not enough resources|stock.?out|insufficient capacity|currently unavailable in"),
+    ("quota", r"quota"),
+    ("taken", r"ALREADY_EXISTS|already exists"),
+    ("not_found", r"NOT_FOUND|was not found"),
+    ("transient", r"UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED|HttpError.*50\d|timed out|connection|try again"),
+    ("refused", r"PERMISSION_DENIED|INVALID_ARGUMENT|FAILED_PRECONDITION|unrecognized arguments|argument --"),
+    ("capacity", r"RESOURCE_EXHAUSTED"),
+)
+INSTALL = "gcloud was not found; install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+LOGIN = "gcloud is not logged in; run gcloud auth login and gcloud auth application-default login"
+
+
+def kind_of(said: str) -> Kind:
+    """What a failure means, by what gcloud or a queued resource says of it."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, said, re.IGNORECASE)), "unknown")
+
+
+class GcloudError(StoppedError):
+    """A command that failed; in one line, with the ``kind`` of failure."""
+
+    def __init__(self, kind: Kind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Gcloud:
+    """Commands about one project and zone. With ``show``, each is handed to that and not run."""
+
+    project: str | None
+    zone: str | None
+    show: Callable[[str], None] | None = None
+
+    def __call__(self, *arguments: str) -> Any:
+        """What a command answers as JSON; ``None`` if it says nothing, or is only shown.
+
+        Raises:
+            GcloudError: it failed. UserError: there is no gcloud.
+        """
+        command = self.command(*arguments)
+        if self.show is not None:
+            self.show(shlex.join(command))
+            return None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+        except FileNotFoundError as error:
+            raise UserError(INSTALL) from error
+        except subprocess.TimeoutExpired as error:
+            raise GcloudError("transient", f"gcloud {arguments[-1]}: no answer in {TIMEOUT_SECONDS} s") from error
+        if done.returncode:
+            kind = kind_of(done.stderr)
+            raise GcloudError(kind, LOGIN if kind == "logged_out" else _in_one_line(done.stderr))
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def command(self, *arguments: str) -> list[str]:
+        """The argument list, project and zone included."""
+        where = [
+            f"--{key}={value}" for key, value in (("project", self.project), ("zone", self.zone)) if value is not None
+        ]
+        return ["gcloud", *arguments, *where, "--format=json", "--quiet"]
+
+
+def _in_one_line(said: str) -> str:
+    """gcloud's own words, from where it says that it is an error."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    first = next((index for index, line in enumerate(lines) if line.startswith("ERROR:")), 0)
+    return " ".join(lines[first:])[:600] or "gcloud failed and says nothing"
+
+
+def configured(key: str) -> str | None:
+    """A value of gcloud's own configuration, ``project`` or ``compute/zone``, if it is set."""
+    found: str | None = Gcloud(None, None)("config", "get", key)
+    return found
+
+
+def check_logged_in() -> None:
+    """Raises a `UserError` if nobody is."""
+    if not Gcloud(None, None)("auth", "list", "--filter=status:ACTIVE"):
+        raise UserError(LOGIN)
+
+
+def flag(name: str, values: dict[str, str]) -> str:
+    """``--name=key=value,...``, with another separator, as gcloud lets one choose, where a comma is in a value."""
+    pairs = [f"{key}={value}" for key, value in values.items()]
+    separator = next(one for one in ",|;~:#" if not any(one in pair for pair in pairs))
+    return f"--{name}=" + ("" if separator == "," else f"^{separator}^") + separator.join(pairs)
+
+
+def one_of_each(flags: dict[str, str | None]) -> list[str]:
+    """``--key=value`` for those that have one."""
+    return [f"--{key}={value}" for key, value in flags.items() if value is not None]
+
+
+def names_of(listed: Sequence[dict[str, Any]] | None, key: str = "name") -> list[str]:
+    """The last parts of resource names such as ``projects/p/locations/z/queuedResources/n``."""
+    return [str(row[key]).rsplit("/", 1)[-1] for row in listed or ()]
