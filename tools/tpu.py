@@ -107,7 +107,9 @@ def _with_recipe(what: str, arguments: argparse.Namespace, show: Any) -> dict[st
         print(yaml.safe_dump(jobset(prepared.files, prepared.spec, arguments.image, arguments.queue), sort_keys=False))
         return {"job": prepared.files.directory}
     files = commands.submit(order, show)
-    if what == "submit" or show is not None:
+    if show is not None:
+        return {"job": files.directory}
+    if what == "submit":
         print(f"{files.directory}: nobody watches it yet; tools/tpu.py run --name {files.name} --root {files.root}")
         return {"job": files.directory}
     return _ended(commands.watch(files))

@@ -17,7 +17,7 @@ KINDS = ("on_demand", "spot")
 
 
 def costs(found: str, prices: str | None = None) -> list[dict[str, Any]]:
-    """Of each slice that preflight was asked about ``topology hours chip_hours`` and dollars, ``on_demand`` and ``spot``.
+    """Of each slice in a result of preflight: ``topology hours chip_hours``, and dollars ``on_demand`` and ``spot``.
 
     All phases of a training are added up. Dollars are ``None`` where the table has no price.
 

@@ -54,8 +54,20 @@ class Gcloud:
     zone: str | None
     show: Callable[[str], None] | None = None
 
-    def __call__(self, *arguments: str) -> Any:
-        """What a command answers as JSON; ``None`` if it says nothing, or is only shown.
+    def read(self, *arguments: str) -> Any:
+        """What a command answers as JSON; ``None`` if it is only shown.
+
+        Raises:
+            GcloudError: it failed, or answers something else. UserError: there is no gcloud.
+        """
+        said = self.run(*arguments)
+        try:
+            return None if said is None else json.loads(said)
+        except ValueError as error:
+            raise GcloudError("unknown", f"gcloud {' '.join(arguments)} answers no JSON: {str(said)[:200]}") from error
+
+    def run(self, *arguments: str) -> str | None:
+        """What a command says; ``None`` if it is only shown.
 
         Raises:
             GcloudError: it failed. UserError: there is no gcloud.
@@ -73,7 +85,7 @@ class Gcloud:
         if done.returncode:
             kind = kind_of(done.stderr)
             raise GcloudError(kind, LOGIN if kind == "logged_out" else _in_one_line(done.stderr))
-        return json.loads(done.stdout) if done.stdout.strip() else None
+        return done.stdout
 
     def command(self, *arguments: str) -> list[str]:
         """The argument list, project and zone included."""
@@ -92,13 +104,14 @@ def _in_one_line(said: str) -> str:
 
 def configured(key: str) -> str | None:
     """A value of gcloud's own configuration, ``project`` or ``compute/zone``, if it is set."""
-    found: str | None = Gcloud(None, None)("config", "get", key)
-    return found
+    found = Gcloud(None, None).read("config", "get", key)
+    # What is not set is an empty list.
+    return found if isinstance(found, str) else None
 
 
 def check_logged_in() -> None:
     """Raises a `UserError` if nobody is."""
-    if not Gcloud(None, None)("auth", "list", "--filter=status:ACTIVE"):
+    if not Gcloud(None, None).read("auth", "list", "--filter=status:ACTIVE"):
         raise UserError(LOGIN)
 
 

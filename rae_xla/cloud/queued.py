@@ -25,7 +25,7 @@ def create_slice(files: JobFiles, spec: JobSpec, generation: int, gcloud: Gcloud
         GcloudError: it was refused, or nobody answered.
     """
     try:
-        gcloud(*create_arguments(files, spec, generation))
+        gcloud.run(*create_arguments(files, spec, generation))
     except GcloudError as error:
         if error.kind != "taken":
             raise
@@ -59,7 +59,7 @@ def delete_slice(spec: JobSpec, generation: int, gcloud: Gcloud) -> None:
         GcloudError: it cannot be deleted yet, or nobody answered.
     """
     try:
-        gcloud(*_QUEUED, "delete", spec.resource(generation), "--force", "--async")
+        gcloud.run(*_QUEUED, "delete", spec.resource(generation), "--force", "--async")
     except GcloudError as error:
         if error.kind != "not_found":
             raise

@@ -187,7 +187,7 @@ def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
     files, spec = prepared.files, prepared.spec
     check_logged_in()
     try:
-        offered = names_of(gcloud("compute", "tpus", "accelerator-types", "list"), "type")
+        offered = names_of(gcloud.read("compute", "tpus", "accelerator-types", "list"), "type")
         if spec.accelerator not in offered:
             same = [name for name in offered if name.split("-")[0] == spec.accelerator.split("-")[0]]
             raise UserError(
@@ -222,10 +222,10 @@ def shown(prepared: Prepared, gcloud: Gcloud) -> list[str]:
     files, spec = prepared.files, prepared.spec
     lines: list[str] = []
     dry = Gcloud(gcloud.project, gcloud.zone, lines.append)
-    dry("compute", "tpus", "accelerator-types", "list")
-    dry("compute", "tpus", "queued-resources", "list")
+    dry.read("compute", "tpus", "accelerator-types", "list")
+    dry.read("compute", "tpus", "queued-resources", "list")
     lines.append(f"write {spec.package} ({len(prepared.content) / 2**20:.1f} MiB)")
     lines.append(f"write {files.path('recipe.yaml')}")
     lines.append(f"write {files.path('job.json')}: {json.dumps(spec.model_dump(mode='json'))}")
-    dry(*create_arguments(files, spec, 1))
+    dry.run(*create_arguments(files, spec, 1))
     return lines

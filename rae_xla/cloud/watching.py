@@ -69,7 +69,7 @@ def look(files: JobFiles, spec: JobSpec, state: State, gcloud: Gcloud, now: floa
 
 def slices_of(spec: JobSpec, gcloud: Gcloud) -> list[Slice]:
     """The job's, of all generations that there still are."""
-    rows = gcloud("compute", "tpus", "queued-resources", "list") or []
+    rows = gcloud.read("compute", "tpus", "queued-resources", "list") or []
     found = []
     for row, name in zip(rows, names_of(rows), strict=True):
         generation = spec.generation(name)
