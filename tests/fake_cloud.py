@@ -157,10 +157,11 @@ def _boot(name: str, index: int, row: dict[str, Any], directory: Path) -> int:
     """A machine: its worker, and a folder that is its disk."""
     home = directory / "machines" / f"{name}-w{index}"
     home.mkdir(parents=True)
-    job = dict(pair.split("=", 1) for pair in row["given"]["metadata"].split(","))["rae-xla-job"]
+    given = dict(pair.split("=", 1) for pair in row["given"]["metadata"].split(","))
+    command = [sys.executable, "-m", "rae_xla.cloud.worker", given["rae-xla-job"], home.name, "--home", str(home)]
     with (home / "worker.log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "rae_xla.cloud.worker", job, home.name, "--home", str(home)],
+            command,
             cwd=os.environ["FAKE_CODE"],
             stdin=subprocess.DEVNULL,
             stdout=log,

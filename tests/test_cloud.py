@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ SPEC = JobSpec(
     run_dir=None,
     package="gs://b/p/code/abc.tar.gz",
     commit="abc",
-    limits=Limits(max_preemptions=50, max_crashes=3, start_minutes=30, lost_minutes=10, silent_minutes=90),
+    limits=Limits(
+        max_preemptions=50, max_crashes=3, start_minutes=30, lost_minutes=10, silent_minutes=90, look_seconds=30
+    ),
     created=0.0,
 )
-LOOK_SECONDS = 30.0
 
 
 class KilledError(BaseException):
@@ -91,7 +92,7 @@ class World:
         looks = self.looks[worker, state.attempt] = self.looks.get((worker, state.attempt), 0) + 1
         fate = self.attempts[min(state.attempt - 1, len(self.attempts) - 1)]
         stopped = state.outcome is not None
-        began = self.now - LOOK_SECONDS * looks
+        began = self.now - SPEC.limits.look_seconds * looks
         heartbeat = {
             "time": self.now,
             "attempt": state.attempt,
@@ -147,20 +148,19 @@ def _watch(files: JobFiles, world: World) -> State:
     """A supervisor, and another one each time that one dies; the dead one's watch runs out meanwhile."""
     while True:
         try:
-            return Supervisor(files, SPEC, Gcloud(SPEC.project, SPEC.zone), LOOK_SECONDS).watch()
+            return Supervisor(files, SPEC, Gcloud(SPEC.project, SPEC.zone)).watch()
         except KilledError:
-            world.sleep(2 * supervisor.ABANDONED_SECONDS)
+            pass
 
 
 def _counts(state: State) -> tuple[Any, ...]:
     return state.outcome, state.generation, state.attempt, state.preemptions, state.crashes
 
 
-LONG = ["refused_capacity", "stock_out", "preempted:4", "never_heard", "ok"]
-
-
 def test_a_job_goes_through_every_failure_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, files: JobFiles) -> None:
-    cloud = FakeCloud(fates=list(LONG), waits=40, unavailable_every=7)
+    cloud = FakeCloud(
+        fates=["refused_capacity", "stock_out", "preempted:4", "never_heard", "ok"], waits=40, unavailable_every=7
+    )
     world = _world(monkeypatch, files, cloud, ["hang", "hang", "crash", "told", "restart", "done"])
     state = _watch(files, world)
     # Attempt 1 is cut off by preemption, 2 is on machines that are never heard of, 3 crashes, and so on.
@@ -173,10 +173,8 @@ def test_a_job_goes_through_every_failure_and_leaves_nothing(monkeypatch: pytest
     assert state.chip_hours > 0
 
 
-def test_a_supervisor_may_die_before_and_after_everything_it_does(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Each effect of a whole life is a point to die at; the counts and what is left are those of a life undisturbed."""
+def test_a_supervisor_may_die_before_and_after_everything_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each effect of a whole life is a point to die at; the counts and what is left are those of one undisturbed."""
 
     def live(die_at: set[int]) -> tuple[World, State]:
         files = _job()
@@ -245,7 +243,7 @@ def test_crashes_are_counted_from_the_newest_checkpoint(
         (tmp_path / "out" / "checkpoints" / f"step_{again.state().attempt:08d}").mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(supervisor.time, "sleep", sleep)
-    state = Supervisor(again, spec, Gcloud("p", "z"), LOOK_SECONDS).watch()
+    state = Supervisor(again, spec, Gcloud("p", "z")).watch()
     assert (state.outcome, state.attempt) == ("succeeded", 13)
 
 
@@ -261,43 +259,40 @@ def test_a_stopped_job_saves_itself_and_can_be_begun_again(monkeypatch: pytest.M
         plain(seconds)
 
     monkeypatch.setattr(supervisor.time, "sleep", sleep)
-    state = Supervisor(files, SPEC, Gcloud("p", "z"), LOOK_SECONDS).run()
+    state = Supervisor(files, SPEC, Gcloud("p", "z")).run()
     assert (state.outcome, state.exit_code) == ("stopped", 0)
     ended = storage.read_json(files.attempt(SPEC.workers(1)[0], 1, "exit.json"))
     assert ended["code"] == 75 and cloud.slices == {}
     monkeypatch.setattr(supervisor.time, "sleep", plain)
-    state = commands.watch(files, LOOK_SECONDS)
+    state = commands.watch(files)
     assert _counts(state) == ("succeeded", 2, 2, 0, 0)
     assert cloud.slices == {}
     # And once more it says how it ended, and asks for nothing.
     made = cloud.made
-    assert commands.watch(files, LOOK_SECONDS).outcome == "succeeded"
+    assert commands.watch(files).outcome == "succeeded"
     assert cloud.made == made
 
 
 def test_one_supervisor_at_a_time(monkeypatch: pytest.MonkeyPatch, files: JobFiles) -> None:
+    """Another's watch is taken over when it is not renewed, and not before."""
     world = _world(monkeypatch, files, FakeCloud(), ["done"])
-    storage.write_json(files.path("supervisor.json"), {"who": "there:1:2", "time": world.now - 20})
-    with pytest.raises(supervisor.WatchedError, match="there:1:2 watches it, last 20 s ago"):
-        Supervisor(files, SPEC, Gcloud("p", "z"), LOOK_SECONDS).watch()
-    world.now += supervisor.ABANDONED_SECONDS
-    assert _watch(files, world).outcome == "succeeded"
+    watch = {"who": "there:1:2", "time": world.now - 20}
+    storage.write_json(files.path("supervisor.json"), watch)
+    plain, begun = world.sleep, world.now
 
+    def sleep(seconds: float) -> None:
+        plain(seconds)
+        if renews:
+            storage.write_json(files.path("supervisor.json"), {**watch, "time": world.now})
 
-@pytest.fixture
-def fake_gcloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeCloud]:
-    """In place of gcloud in this process."""
-    cloud = FakeCloud()
-
-    def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        if command[0] != "gcloud":
-            return real(command, **kwargs)
-        code, output, errors = cloud.handle([one for one in command[1:] if one not in ("--format=json", "--quiet")])
-        return subprocess.CompletedProcess(command, code, output, errors)
-
-    real = subprocess.run
-    monkeypatch.setattr(gcloud_module.subprocess, "run", run)
-    yield cloud
+    monkeypatch.setattr(supervisor.time, "sleep", sleep)
+    renews = True
+    with pytest.raises(supervisor.WatchedError, match="there:1:2 watches it"):
+        Supervisor(files, SPEC, Gcloud("p", "z")).watch()
+    assert world.cloud.asked == []
+    renews = False
+    assert Supervisor(files, SPEC, Gcloud("p", "z")).watch().outcome == "succeeded"
+    assert world.now - begun > supervisor.ABANDONED_LOOKS * SPEC.limits.look_seconds
 
 
 def test_state_survives_json(files: JobFiles) -> None:

@@ -168,7 +168,12 @@ CLOUD = {
 LIMITS = {
     "max_preemptions": (int, "give up after so many slices that were taken away (default: 1000)"),
     "max_crashes": (int, "give up after so many crashes without a new checkpoint between (default: 3)"),
-    "silent_minutes": (float, "nothing written for so long is a hang (default: 90)"),
+    "start_minutes": (float, "a machine that is not heard of so long after its slice is there is lost (default: 30)"),
+    "lost_minutes": (float, "one that is not heard of any more for so long is, too (default: 10)"),
+    "silent_minutes": (float, "nothing written for so long, compiling included, is a hang (default: 90)"),
+    "settle_minutes": (float, "left to machines to save themselves and end after others (default: 5)"),
+    "no_capacity_minutes": (float, "between requests refused for want of capacity (default: 10)"),
+    "look_seconds": (float, "between two looks, of machines and of who watches (default: 15)"),
 }
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ from rae_xla.cloud.gcloud import INSTALL, Gcloud, GcloudError
 from rae_xla.cloud.job import JOBS, JobFiles, JobSpec, State
 from rae_xla.cloud.queued import create_slice
 from rae_xla.cloud.submitting import Order, check_cloud, prepare, shown
-from rae_xla.cloud.supervisor import LOOK_SECONDS, Supervisor, WatchedError, as_text, request_stop
+from rae_xla.cloud.supervisor import Supervisor, WatchedError, as_text, request_stop
 from rae_xla.cloud.watching import Seen, look, slices_of
 from rae_xla.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-FOLLOW_SECONDS = 5.0
 # Of ssh itself, not of what it runs.
 SSH_FAILED = 255
 Show = Callable[[str], None] | None
@@ -63,13 +62,13 @@ def submit(order: Order, show: Show = None) -> JobFiles:
     return files
 
 
-def watch(files: JobFiles, look_seconds: float = LOOK_SECONDS, show: Show = None) -> State:
+def watch(files: JobFiles, show: Show = None) -> State:
     """Supervise a job to its end; one that was stopped or failed is begun again."""
     spec, state = files.spec(), files.state()
     if show is not None:
         _show_watching(files, spec, state, show)
         return state
-    supervisor = Supervisor(files, spec, gcloud_of(spec), look_seconds)
+    supervisor = Supervisor(files, spec, gcloud_of(spec))
     if state.outcome == "succeeded":
         return supervisor.run()
     if state.outcome is not None:
@@ -83,7 +82,7 @@ def _show_watching(files: JobFiles, spec: JobSpec, state: State, show: Callable[
     from rae_xla.cloud.queued import delete_slice
 
     gcloud = gcloud_of(spec, show)
-    show(f"every {LOOK_SECONDS:.0f} s:")
+    show(f"every {spec.limits.look_seconds:g} s:")
     slices_of(spec, gcloud)
     show("while there is no slice:")
     create_slice(files, spec, state.generation, gcloud)
@@ -91,7 +90,7 @@ def _show_watching(files: JobFiles, spec: JobSpec, state: State, show: Callable[
     delete_slice(spec, state.generation, gcloud)
 
 
-def stop(files: JobFiles, *, at_once: bool, look_seconds: float = LOOK_SECONDS, show: Show = None) -> State:
+def stop(files: JobFiles, *, at_once: bool, show: Show = None) -> State:
     """End a job: its machines save themselves, unless ``at_once``, and everything is given back."""
     spec, state = files.spec(), files.state()
     if show is not None:
@@ -99,21 +98,21 @@ def stop(files: JobFiles, *, at_once: bool, look_seconds: float = LOOK_SECONDS, 
         _show_watching(files, spec, state, show)
         return state
     request_stop(files)
-    supervisor = Supervisor(files, spec, gcloud_of(spec), look_seconds)
+    supervisor = Supervisor(files, spec, gcloud_of(spec))
     while True:
         try:
             return supervisor.end_at_once() if at_once else supervisor.run()
         except WatchedError as error:
             logger.info("%s; it is asked to end the job", error)
-        time.sleep(look_seconds)
+        time.sleep(spec.limits.look_seconds)
         state = files.state()
         if state.outcome is not None and not slices_of(spec, gcloud_of(spec)):
             return state
 
 
-def clean(files: JobFiles, *, look_seconds: float = LOOK_SECONDS, show: Show = None) -> None:
+def clean(files: JobFiles, *, show: Show = None) -> None:
     """Give everything back and remove the job's folder; what its tool wrote stays."""
-    stop(files, at_once=True, look_seconds=look_seconds, show=show)
+    stop(files, at_once=True, show=show)
     if show is not None:
         show(f"remove {files.directory}")
         return
@@ -203,7 +202,7 @@ def logs(files: JobFiles, worker: int, attempt: int | None, *, follow: bool) -> 
                 yield storage.read_bytes(storage.join(str(directory), name)).decode(errors="replace")
         if not follow or "exit.json" in pieces:
             return
-        time.sleep(FOLLOW_SECONDS)
+        time.sleep(spec.limits.look_seconds)
 
 
 def _directory_of(files: JobFiles, spec: JobSpec, state: State, worker: int, attempt: int) -> str | None:

@@ -62,6 +62,8 @@ class Limits(Config):
     """What is left to the other machines, and to Cloud to say why, after the first has ended."""
     no_capacity_minutes: float = Field(default=10.0, ge=0)
     """Between requests that were refused for want of capacity."""
+    look_seconds: float = Field(default=15.0, gt=0)
+    """Between two looks, of the supervisor at everything and of the machines at what they are to do."""
 
 
 class JobSpec(Config):

@@ -77,7 +77,7 @@ def _job(files: JobFiles, spec: JobSpec, image: str) -> dict[str, Any]:
                     for name, value in {**spec.environment, **_about(files, spec)}.items()
                 ],
                 # Of the slices' coordinator and of the hosts.
-                "ports": [{"containerPort": 8471}, {"containerPort": 8080}],
+                "ports": [{"containerPort": port, "protocol": "TCP"} for port in (8471, 8080)],
                 "resources": {"limits": {"google.com/tpu": str(chips)}},
             }
         ],

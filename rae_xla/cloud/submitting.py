@@ -93,6 +93,8 @@ def prepare(order: Order, *, configuration: Callable[[str], str | None] = config
     from rae_xla.recipe import load_recipe
 
     check_name(order.name)
+    if order.tool not in TOOLS:
+        raise UserError(f"--tool: {order.tool!r} is not known; use {', '.join(TOOLS)}")
     tool = TOOLS[order.tool]
     overrides = [*order.overrides, *([f"mesh.slices={order.num_slices}"] if order.num_slices > 1 else [])]
     recipe = load_recipe(order.recipe, overrides, *tool.tasks)

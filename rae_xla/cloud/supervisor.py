@@ -13,6 +13,7 @@ import socket
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 from rae_xla import storage
 from rae_xla.cloud.deciding import Decision, decide, refused_slice
@@ -24,9 +25,8 @@ from rae_xla.errors import StoppedError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 30.0
-# A supervisor that has not renewed its file for so long is gone.
-ABANDONED_SECONDS = 180.0
+# A supervisor that has not renewed its file for so many looks is gone.
+ABANDONED_LOOKS = 8
 WATCH = "supervisor.json"
 
 
@@ -36,12 +36,11 @@ class WatchedError(UserError):
 
 @dataclass
 class Supervisor:
-    """Of one job. ``look_seconds``: between looks."""
+    """Of one job."""
 
     files: JobFiles
     spec: JobSpec
     gcloud: Gcloud
-    look_seconds: float = LOOK_SECONDS
     _me: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}")
     _said: float = field(default_factory=time.time)
     _doubt: str | None = None
@@ -69,6 +68,7 @@ class Supervisor:
         Raises:
             WatchedError: another supervisor watches it. UserError: nobody is logged in any more.
         """
+        self._wait_for_watch()
         while True:
             try:
                 self._take_watch()
@@ -87,7 +87,7 @@ class Supervisor:
                 if decision.done:
                     storage.remove(self.files.path(WATCH))
                     return decision.state
-            time.sleep(self.look_seconds)
+            time.sleep(self.spec.limits.look_seconds)
 
     def _step(self) -> Decision:
         before = self.files.state()
@@ -124,15 +124,31 @@ class Supervisor:
             logger.warning("not known now, looked at again: %s", doubt)
         self._doubt = doubt
 
+    def _wait_for_watch(self) -> None:
+        """Another's is taken over when it has not been renewed for long enough."""
+        before = self._others_watch()
+        if before is not None:
+            logger.info("%s watched it a moment ago; looking whether it still does", before["who"])
+        while before is not None and time.time() - before["time"] < self._abandoned_seconds:
+            time.sleep(self.spec.limits.look_seconds)
+            now = self._others_watch()
+            if now is not None and now != before:
+                raise WatchedError(f"{self.spec.name}: {now['who']} watches it; end that one first, or let it")
+            before = now
+
     def _take_watch(self) -> None:
-        watch = self.files.read(WATCH)
-        age = None if watch is None else time.time() - watch["time"]
-        if age is not None and watch["who"] != self._me and age < ABANDONED_SECONDS:
-            raise WatchedError(
-                f"{self.spec.name}: {watch['who']} watches it, last {age:.0f} s ago; end that one, or wait "
-                f"{ABANDONED_SECONDS:.0f} s after its death"
-            )
+        other = self._others_watch()
+        if other is not None and time.time() - other["time"] < self._abandoned_seconds:
+            raise WatchedError(f"{self.spec.name}: {other['who']} watches it now, so this one ends")
         storage.write_json(self.files.path(WATCH), {"who": self._me, "time": time.time()})
+
+    def _others_watch(self) -> dict[str, Any] | None:
+        watch = self.files.read(WATCH)
+        return None if watch is None or watch["who"] == self._me else watch
+
+    @property
+    def _abandoned_seconds(self) -> float:
+        return ABANDONED_LOOKS * self.spec.limits.look_seconds
 
 
 def request_stop(files: JobFiles) -> None:

@@ -31,10 +31,9 @@ logger = logging.getLogger(__name__)
 MARK = "RAE_XLA_JOB"
 # libtpu's, left by a process that was killed; the next one takes the chips for in use.
 LOCK = Path("/tmp/libtpu_lockfile")
-LOOK_SECONDS = 5.0
-HEARTBEAT_SECONDS = 30.0
-LOG_SECONDS = 10.0
 LONGEST_PIECE = 2**20
+# Until the job could be read.
+FIRST_LOOK_SECONDS = 5.0
 LAST_LINES, LAST_BYTES = 20, 2**16
 # A save of a large state takes this long at most; then the process is killed.
 GRACE_SECONDS = 300.0
@@ -160,7 +159,6 @@ class Worker:
         self._files, self._name, self._home = files, name, home
         self._attempt: Attempt | None = None
         self._leaving = False
-        self._next_log = self._next_heartbeat = 0.0
 
     def leave(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM: the machine goes down, or another worker takes over."""
@@ -177,7 +175,7 @@ class Worker:
             # The bucket's and the network's; the job goes on, and what was not told is told again.
             except (OSError, StoppedError, UserError) as error:
                 logger.warning("%s", first_line(error))
-            time.sleep(LOOK_SECONDS)
+            time.sleep(FIRST_LOOK_SECONDS if spec is None else spec.limits.look_seconds)
 
     def _fetched(self) -> JobSpec:
         (self._home / RECIPE).write_bytes(storage.read_bytes(self._files.path(RECIPE)))
@@ -211,14 +209,9 @@ class Worker:
         attempt.start(command, spec.environment)
 
     def _tell(self) -> None:
-        now = time.monotonic()
-        attempt = self._attempt
-        if attempt is not None and attempt.is_running and now >= self._next_log:
-            attempt.send_log()
-            self._next_log = now + LOG_SECONDS
-        if now >= self._next_heartbeat:
-            storage.write_json(self._files.worker(self._name, "heartbeat.json"), self._heartbeat())
-            self._next_heartbeat = now + HEARTBEAT_SECONDS
+        if self._attempt is not None and self._attempt.is_running:
+            self._attempt.send_log()
+        storage.write_json(self._files.worker(self._name, "heartbeat.json"), self._heartbeat())
 
     def _heartbeat(self) -> dict[str, Any]:
         attempt = self._attempt
