@@ -13,7 +13,7 @@ import time
 from rae_xla import storage
 from rae_xla.config import read_yaml
 
-STEPS = 40
+STEPS = int(os.environ["STAND_IN_STEPS"])
 
 recipe = read_yaml(sys.argv[1])
 run = storage.resolve(recipe["root"], recipe["run_dir"])

@@ -27,6 +27,7 @@ from faulty_bucket import BUCKET, FaultyProxy, faulty_bucket
 
 from rae_xla import storage
 from rae_xla.cloud.job import JobFiles
+from rae_xla.cloud.worker import MARK
 
 JUDGE = "recipes/quickstart/judge.yaml"
 PROJECT = f"gs://{BUCKET}/project"
@@ -96,10 +97,12 @@ def _submit(*arguments: str, what: str = "submit", accelerator: str = "v6e-8") -
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("deaths", [4, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("deaths", [3, pytest.param(20, marks=pytest.mark.nightly)])
 def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: Cloud, deaths: int) -> None:
-    cloud.set(hosts_per_slice=2, fates=["preempted:100", "ok"], unavailable_every=9, offered=["v4-16"])
-    code, output, errors = _submit("--spot", *FAST, accelerator="v4-16")
+    cloud.set(hosts_per_slice=2, fates=["preempted:12", "ok"], unavailable_every=9, offered=["v4-16"])
+    # Long enough that the last supervisor still has something to see.
+    steps = 20 * deaths
+    code, output, errors = _submit("--spot", *FAST, f"--env=STAND_IN_STEPS={steps}", accelerator="v4-16")
     assert code == 0, errors
     assert "nobody watches it yet" in output
     drawn = random.Random(deaths)
@@ -108,7 +111,7 @@ def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: 
     while True:
         supervisor = subprocess.Popen(watching, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         try:
-            code = supervisor.wait(drawn.uniform(3, 8) if died < deaths else 240)
+            code = supervisor.wait(drawn.uniform(2.5, 5) if died < deaths else 400)
             break
         except subprocess.TimeoutExpired:
             supervisor.kill()
@@ -129,16 +132,16 @@ def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: 
     code, log, errors = run_tool("tpu", "logs", "--name=life", f"--root={PROJECT}")
     assert code == 0, errors
     begins = int(log.splitlines()[0].removeprefix("begins at step "))
-    assert begins > 0 and log.endswith("step 40\ndone\n")
-    assert not [p for p in psutil.process_iter(["environ"]) if _is_of_job(p, files.directory)]
+    assert begins > 0 and log.endswith(f"step {steps}\ndone\n")
+    assert not [p for p in psutil.process_iter(["environ"]) if _is_of_machines(p, cloud.machines)]
     assert run_tool("tpu", "clean", "--name=life", f"--root={PROJECT}")[0] == 0
     assert storage.list_names(f"{PROJECT}/jobs") == []
-    assert storage.list_names(f"{PROJECT}/judge/checkpoints")[-1] == "step_00000040"
+    assert storage.list_names(f"{PROJECT}/judge/checkpoints")[-1] == f"step_{steps:08d}"
 
 
-def _is_of_job(process: psutil.Process, directory: str) -> bool:
+def _is_of_machines(process: psutil.Process, machines: Path) -> bool:
     with contextlib.suppress(psutil.Error):
-        return process.environ().get("RAE_XLA_JOB") == directory
+        return process.environ().get(MARK, "").startswith(str(machines))
     return False
 
 

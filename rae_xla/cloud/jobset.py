@@ -11,7 +11,6 @@ from typing import Any
 
 from rae_xla.cloud.job import RECIPE, JobFiles, JobSpec
 from rae_xla.cloud.queued import START
-from rae_xla.cloud.worker import MARK
 from rae_xla.errors import UserError
 
 # GKE's names of generations.
@@ -105,4 +104,4 @@ def _command(spec: JobSpec) -> list[str]:
 
 
 def _about(files: JobFiles, spec: JobSpec) -> dict[str, str]:
-    return {MARK: files.directory, "RAE_XLA_PACKAGE": spec.package}
+    return {"RAE_XLA_JOB": files.directory, "RAE_XLA_PACKAGE": spec.package}

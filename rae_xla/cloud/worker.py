@@ -27,8 +27,8 @@ from rae_xla.errors import StoppedError, UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-# Processes of ours are known by this in their environment, whoever started them.
-MARK = "RAE_XLA_JOB"
+# Processes of ours are known by this in their environment, whichever job and worker started them: the machine's folder.
+MARK = "RAE_XLA_MACHINE"
 # libtpu's, left by a process that was killed; the next one takes the chips for in use.
 LOCK = Path("/tmp/libtpu_lockfile")
 LONGEST_PIECE = 2**20
@@ -48,6 +48,7 @@ class Attempt:
     def __init__(self, files: JobFiles, worker: str, number: int, home: Path) -> None:
         self.number = number
         self._files, self._worker = files, worker
+        self._home = home
         self._log = home / f"attempt-{number:03d}.log"
         self._sent_file = home / f"attempt-{number:03d}.sent"
         self._ended_file = home / f"attempt-{number:03d}.ended"
@@ -76,7 +77,7 @@ class Attempt:
 
     def start(self, command: list[str], environment: dict[str, str]) -> None:
         """Nothing else of ours runs on this machine then."""
-        end_leftovers()
+        end_leftovers(self._home)
         LOCK.unlink(missing_ok=True)
         with self._log.open("ab") as log:
             # Its own group, so that all it starts can be ended with it.
@@ -85,7 +86,7 @@ class Attempt:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment, MARK: self._files.directory, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **environment, MARK: str(self._home), "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
 
@@ -134,21 +135,21 @@ class Attempt:
         return self._files.attempt(self._worker, self.number, name)
 
 
-def end_leftovers() -> None:
+def end_leftovers(home: Path) -> None:
     """Kill processes of ours that an earlier attempt or worker left; they would hold the chips."""
-    for pid in _ours():
+    for pid in _ours(home):
         logger.info("process %d is left from before and is killed", pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def _ours() -> Iterator[int]:
-    mark = f"{MARK}=".encode()
+def _ours(home: Path) -> Iterator[int]:
+    mark = f"{MARK}={home}".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if any(variable.startswith(mark) for variable in (entry / "environ").read_bytes().split(b"\0")):
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
                 yield int(entry.name)
 
 
@@ -201,7 +202,7 @@ class Worker:
             return
         if attempt.was_begun:
             # By a worker that is no more.
-            end_leftovers()
+            end_leftovers(self._home)
             attempt.tell_end()
             return
         command = command_of(spec, str(self._home / RECIPE))
