@@ -74,6 +74,14 @@ def add_recipe_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("overrides", metavar="key.sub=value", nargs="*", help="values laid over the recipe, read as YAML")
 
 
+def set_up_logging(line: str = "%(message)s") -> None:
+    """To stderr, from this project."""
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
+    # Their exceptions are told in one line; their logs tell them again with tracebacks, and each file that is opened.
+    for library in ("gcsfs", "fsspec"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+
+
 def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.ArgumentParser) -> None:
     """Parse, run, write ``--json``, exit: 0, or with one line on stderr 2 for a user's mistake, 1 for anything else.
 
@@ -81,9 +89,7 @@ def run(main: Callable[[argparse.Namespace], dict[str, Any]], made: argparse.Arg
     """
     # Options may stand between the overrides.
     arguments = made.parse_intermixed_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Its exceptions are told in one line; its log tells them again, with tracebacks.
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+    set_up_logging()
     try:
         if arguments.json and Path(arguments.json).is_dir():
             raise UserError(f"--json: {arguments.json} is a directory; give a file")

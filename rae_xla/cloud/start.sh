@@ -6,7 +6,7 @@
 set -uo pipefail
 
 metadata() {
-    curl -sf --retry 5 --retry-all-errors -H 'Metadata-Flavor: Google' \
+    curl -sf --retry 5 --retry-all-errors --max-time 20 -H 'Metadata-Flavor: Google' \
         "http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1/instance/$1"
 }
 # tpu-env holds lines such as  WORKER_ID: '0'
@@ -19,11 +19,11 @@ authorised() {
     local token
     token=$(metadata service-accounts/default/token | sed -n 's/.*"access_token" *: *"\([^"]*\)".*/\1/p')
     # By a file, so that the token is in no list of processes.
-    curl -sSf --retry 5 --retry-all-errors -K <(echo "header = \"Authorization: Bearer $token\"") "$@"
+    curl -sSf --retry 5 --retry-all-errors --connect-timeout 20 --max-time 600 -K <(echo "header = \"Authorization: Bearer $token\"") "$@"
 }
 get() { authorised -o "$2" "$store/storage/v1/b/$(bucket_of "$1")/o/$(object_of "$1")?alt=media"; }
 put() {
-    authorised -o /dev/null -X POST -H 'Content-Type: application/json' --data-binary "$2" \
+    authorised -o /dev/null -X POST -H 'Content-Type: text/plain' --data-binary "$2" \
         "$store/upload/storage/v1/b/$(bucket_of "$1")/o?uploadType=media&name=$(object_of "$1")"
 }
 

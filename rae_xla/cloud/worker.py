@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rae_xla import storage
+from rae_xla import cli, storage
 from rae_xla.cloud.job import RECIPE, JobFiles, JobSpec
 from rae_xla.errors import StoppedError, UserError, first_line
 
@@ -237,7 +237,7 @@ def main() -> None:
     parser.add_argument("worker")
     parser.add_argument("--home", type=Path, required=True)
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    cli.set_up_logging("%(asctime)s %(message)s")
     worker = Worker(JobFiles.at(arguments.job), arguments.worker, arguments.home)
     signal.signal(signal.SIGTERM, worker.leave)
     worker.run()
