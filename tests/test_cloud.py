@@ -273,6 +273,16 @@ def test_a_stopped_job_saves_itself_and_can_be_begun_again(monkeypatch: pytest.M
     assert cloud.made == made
 
 
+def test_what_ended_while_nobody_watched_is_not_done_again(monkeypatch: pytest.MonkeyPatch, files: JobFiles) -> None:
+    """The slice is gone since, and the job has succeeded."""
+    world = _world(monkeypatch, files, FakeCloud(), ["done"])
+    for worker in SPEC.workers(1):
+        ended = {"code": 0, "time": world.now, "last_lines": ["done"]}
+        storage.write_json(files.attempt(worker, 1, "exit.json"), ended)
+    assert _counts(_watch(files, world)) == ("succeeded", 1, 1, 0, 0)
+    assert world.cloud.made == 0
+
+
 def test_one_supervisor_at_a_time(monkeypatch: pytest.MonkeyPatch, files: JobFiles) -> None:
     """Another's watch is taken over when it is not renewed, and not before."""
     world = _world(monkeypatch, files, FakeCloud(), ["done"])

@@ -139,6 +139,44 @@ def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: 
     assert storage.list_names(f"{PROJECT}/judge/checkpoints")[-1] == f"step_{steps:08d}"
 
 
+def test_ctrl_c_lets_a_job_save_itself_and_run_begins_it_again(cloud: Cloud) -> None:
+    given = ["tools/tpu.py", "run", JUDGE, f"root={PROJECT}", "--name=life", "--accelerator=v6e-8", "--zone=us-east5-b"]
+    command = [sys.executable, *given, *FAST, "--env=STAND_IN_STEPS=30"]
+    running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    checkpoints = f"{PROJECT}/judge/checkpoints"
+    _when(lambda: storage.list_names(checkpoints))
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=120)[1]
+    assert running.returncode == 0, said
+    assert "stopped: asked to stop" in said
+    files = JobFiles(PROJECT, "life")
+    ended = storage.read_json(files.attempt("life-g1-w0", 1, "exit.json"))
+    assert ended["code"] == os.EX_TEMPFAIL
+    saved = storage.list_names(checkpoints)[-1]
+    assert cloud.content["slices"] == {} and cloud.content["machines"] == {}
+    code, _, errors = run_tool("tpu", "run", "--name=life", f"--root={PROJECT}")
+    assert code == 0, errors
+    log = storage.read_bytes(files.attempt("life-g2-w0", 2, "log-000000000000.txt")).decode()
+    assert log.splitlines()[0] == f"begins at step {int(saved.removeprefix('step_'))}"
+    assert cloud.content["slices"] == {} and cloud.content["made"] == 2
+
+
+def test_a_slice_that_nobody_watches_gives_itself_back(cloud: Cloud) -> None:
+    assert _submit(*FAST, "--env=STAND_IN_STEPS=4", "--unwatched-minutes=0.05")[0] == 0
+    gcloud = [str(cloud.file.parent / "bin" / "gcloud"), "compute", "tpus", "queued-resources", "list"]
+
+    def is_gone() -> bool:
+        # Cloud's clock; nobody of ours looks.
+        subprocess.run(gcloud, check=True, capture_output=True)
+        return cloud.content["made"] == 1 and not cloud.content["slices"]
+
+    _when(is_gone)
+    assert JobFiles(PROJECT, "life").state().outcome is None
+    code, _, errors = run_tool("tpu", "run", "--name=life", f"--root={PROJECT}")
+    assert code == 0 and "succeeded: every machine is done" in errors
+    assert cloud.content["made"] == 1
+
+
 def _is_of_machines(process: psutil.Process, machines: Path) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.environ().get(MARK, "").startswith(str(machines))

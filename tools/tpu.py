@@ -173,6 +173,7 @@ LIMITS = {
     "silent_minutes": (float, "nothing written for so long, compiling included, is a hang (default: 90)"),
     "settle_minutes": (float, "left to machines to save themselves and end after others (default: 5)"),
     "no_capacity_minutes": (float, "between requests refused for want of capacity (default: 10)"),
+    "unwatched_minutes": (float, "with its tool ended and nobody watching, a slice gives itself back (default: 30)"),
     "look_seconds": (float, "between two looks, of machines and of who watches (default: 15)"),
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 from rae_xla import storage
 from rae_xla.cloud.deciding import chip_hours, going_on
 from rae_xla.cloud.gcloud import INSTALL, Gcloud, GcloudError
-from rae_xla.cloud.job import JOBS, JobFiles, JobSpec, State
+from rae_xla.cloud.job import JOBS, WATCH, JobFiles, JobSpec, State
 from rae_xla.cloud.queued import create_slice
 from rae_xla.cloud.submitting import Order, check_cloud, prepare, shown
 from rae_xla.cloud.supervisor import Supervisor, WatchedError, as_text, request_stop
@@ -157,7 +157,7 @@ def _stands(state: State, seen: Seen) -> str:
 
 
 def _watched(files: JobFiles, now: float) -> str:
-    watch = files.read("supervisor.json")
+    watch = files.read(WATCH)
     return "by nobody" if watch is None else f"by {watch['who']}, {now - watch['time']:.0f} s ago"
 
 

@@ -39,6 +39,9 @@ def decide(spec: JobSpec, state: State, seen: Seen) -> Decision:
     """The next step."""
     if seen.stop and state.outcome is None:
         state = _end(spec, state, seen, "stopped", "asked to stop")
+    if state.outcome is None:
+        # Told by machines, whether or not they are still there.
+        state = _finished(spec, state, seen)
     if state.outcome is not None:
         return _wind_up(spec, state, seen)
     old = tuple(one.generation for one in seen.slices if one.generation != state.generation and one.state != LEAVING)
@@ -92,14 +95,18 @@ def _not_given(spec: JobSpec, state: State, seen: Seen, failed: Slice) -> State:
     return _end(spec, state, seen, "failed", why, USER_ERROR)
 
 
-def _running(spec: JobSpec, state: State, seen: Seen) -> State:
-    limits = spec.limits
+def _finished(spec: JobSpec, state: State, seen: Seen) -> State:
     ended = [machine.ended for machine in seen.machines if machine.ended is not None]
     refused = next((one for one in ended if one.code == USER_ERROR), None)
     if refused is not None:
         return _end(spec, state, seen, "failed", refused.said, USER_ERROR)
-    if len(ended) == len(seen.machines) and all(one.code == 0 for one in ended):
+    if ended and len(ended) == len(seen.machines) and all(one.code == 0 for one in ended):
         return _end(spec, state, seen, "succeeded", "every machine is done")
+    return state
+
+
+def _running(spec: JobSpec, state: State, seen: Seen) -> State:
+    limits = spec.limits
     crashed = next((machine for machine in seen.machines if _has_crashed(machine)), None)
     if crashed is not None:
         assert crashed.ended is not None
@@ -109,6 +116,7 @@ def _running(spec: JobSpec, state: State, seen: Seen) -> State:
     unable = next((machine for machine in seen.machines if machine.setup_failed is not None), None)
     if unable is not None:
         return _crashed(spec, state, seen, f"{unable.name}: {unable.setup_failed}", slice_too=True)
+    ended = [machine.ended for machine in seen.machines if machine.ended is not None]
     if ended:
         # The others follow, or the slice goes, soon.
         first = min(one.time for one in ended)

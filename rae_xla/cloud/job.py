@@ -25,7 +25,7 @@ from rae_xla.topologies import Topology, topology
 # Names of nodes have 63 characters at most; ours add the generation and the slice.
 LONGEST_NAME = 50
 JOBS, CODE = "jobs", "code"
-RECIPE = "recipe.yaml"
+RECIPE, WATCH = "recipe.yaml", "supervisor.json"
 Outcome = Literal["succeeded", "failed", "stopped"]
 
 
@@ -62,6 +62,8 @@ class Limits(Config):
     """What is left to the other machines, and to Cloud to say why, after the first has ended."""
     no_capacity_minutes: float = Field(default=10.0, ge=0)
     """Between requests that were refused for want of capacity."""
+    unwatched_minutes: float = Field(default=30.0, gt=0)
+    """After its command has ended and nobody has watched for so long a machine gives its slices back itself."""
     look_seconds: float = Field(default=15.0, gt=0)
     """Between two looks, of the supervisor at everything and of the machines at what they are to do."""
 

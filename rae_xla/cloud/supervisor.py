@@ -18,7 +18,7 @@ from typing import Any
 from rae_xla import storage
 from rae_xla.cloud.deciding import Decision, decide, refused_slice
 from rae_xla.cloud.gcloud import Gcloud, GcloudError
-from rae_xla.cloud.job import JobFiles, JobSpec, State
+from rae_xla.cloud.job import WATCH, JobFiles, JobSpec, State
 from rae_xla.cloud.queued import create_slice, delete_slice
 from rae_xla.cloud.watching import look
 from rae_xla.errors import StoppedError, UserError, first_line
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 # A supervisor that has not renewed its file for so many looks is gone.
 ABANDONED_LOOKS = 8
-WATCH = "supervisor.json"
 
 
 class WatchedError(UserError):

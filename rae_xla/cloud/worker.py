@@ -22,7 +22,9 @@ from types import FrameType
 from typing import Any
 
 from rae_xla import cli, storage
-from rae_xla.cloud.job import RECIPE, JobFiles, JobSpec
+from rae_xla.cloud.gcloud import Gcloud
+from rae_xla.cloud.job import RECIPE, WATCH, JobFiles, JobSpec, State
+from rae_xla.cloud.queued import delete_slice
 from rae_xla.errors import StoppedError, UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -160,6 +162,7 @@ class Worker:
         self._files, self._name, self._home = files, name, home
         self._attempt: Attempt | None = None
         self._leaving = False
+        self._ended_at: float | None = None
 
     def leave(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM: the machine goes down, or another worker takes over."""
@@ -193,6 +196,7 @@ class Worker:
         if wanted is not None and (running is None or (running.is_told and running.number != wanted)):
             self._begin(wanted, spec)
         self._tell()
+        self._give_back_if_unwatched(spec, state)
         idle = self._attempt is None or self._attempt.is_told
         return idle and (state.outcome is not None or self._leaving)
 
@@ -213,6 +217,19 @@ class Worker:
         if self._attempt is not None and self._attempt.is_running:
             self._attempt.send_log()
         storage.write_json(self._files.worker(self._name, "heartbeat.json"), self._heartbeat())
+
+    def _give_back_if_unwatched(self, spec: JobSpec, state: State) -> None:
+        """Or a slice whose work is over would go on costing while its supervisor is dead. One machine asks for all."""
+        if self._attempt is None or not self._attempt.is_told:
+            self._ended_at = None
+            return
+        watch = self._files.read(WATCH)
+        self._ended_at = self._ended_at or time.time()
+        since = max(self._ended_at, 0.0 if watch is None else watch["time"])
+        if self._name == spec.workers(state.generation)[0] and time.time() - since > 60 * spec.limits.unwatched_minutes:
+            logger.info("nobody has watched for %g minutes; the slice is given back", spec.limits.unwatched_minutes)
+            self._ended_at = time.time()
+            delete_slice(spec, state.generation, Gcloud(spec.project, spec.zone))
 
     def _heartbeat(self) -> dict[str, Any]:
         attempt = self._attempt
