@@ -102,7 +102,7 @@ def write_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a whole file; directories are made. An object store writes atomically; a disk gets a file and a rename.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: it cannot be written there. StoppedError: not now.
     """
     filesystem, inner = open_filesystem(path)
     try:
@@ -112,9 +112,10 @@ def write_pieces(path: str, pieces: Iterable[bytes | memoryview]) -> None:
         else:
             _upload(filesystem, inner, pieces)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or first_line(error)}); give another path"
-        ) from error
+        why = f"{path}: cannot be written ({error.strerror or first_line(error)})"
+        if is_local(filesystem) or isinstance(error, PermissionError | FileNotFoundError):
+            raise UserError(f"{why}; give another path") from error
+        raise StoppedError(f"{why}; try again when it can") from error
 
 
 def _write_aside(path: str, pieces: Iterable[bytes | memoryview]) -> None:

@@ -24,8 +24,17 @@ UNAVAILABLE = "ERROR: (gcloud.compute.tpus.queued-resources) UNAVAILABLE: The se
 LOGIN = (
     "ERROR: (gcloud.auth) You do not currently have an active account selected.\nPlease run:\n\n  $ gcloud auth login"
 )
+NOT_FOUND = (
+    "ERROR: (gcloud.compute.tpus.queued-resources) NOT_FOUND: Resource '{}' was not found. This command is "
+    "authenticated as a@b which is the active account specified by the [core/account] property."
+)
 HOST_KEY = "@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed."
 NOT_NOW = "ERROR: (gcloud.compute.tpus.queued-resources.delete) FAILED_PRECONDITION: not in a state to be deleted"
+
+
+def _one_of(every: int, count: int) -> bool:
+    """One in ``every`` counts, and none if that is 0; not in step with anything."""
+    return every > 0 and count * 2654435761 % 2**32 < 2**32 // every
 
 
 @dataclass
@@ -34,7 +43,8 @@ class FakeCloud:
 
     A fate is ``ok``, ``quota`` (refused at once), ``refused_capacity`` (at once), ``stock_out`` (later),
     ``never_heard`` (its machines write nothing) or ``preempted:N`` (N lists after it was ready). ``waits``: lists
-    until a slice is ready. ``unavailable_every``: of so many commands one gets no answer.
+    until a slice is ready. ``unavailable_every``: of so many commands one gets no answer; ``partial_every``: of so
+    many lists one is empty. ``one_down:N`` is the fate of a slice of which a machine falls silent after N looks.
     """
 
     fates: list[str] = field(default_factory=lambda: ["ok"])
@@ -45,6 +55,8 @@ class FakeCloud:
     slices: dict[str, dict[str, Any]] = field(default_factory=dict)
     asked: list[list[str]] = field(default_factory=list)
     made: int = 0
+    listed: int = 0
+    partial_every: int = 0
     most_at_once: int = 0
 
     def handle(self, arguments: list[str]) -> tuple[int, str, str]:
@@ -57,14 +69,15 @@ class FakeCloud:
             return 0, json.dumps({"project": "configured"}.get(words[2], [])), ""
         if not self.logged_in:
             return 1, "", LOGIN
-        if self.unavailable_every and len(self.asked) % self.unavailable_every == 0:
+        if _one_of(self.unavailable_every, len(self.asked)):
             return 1, "", UNAVAILABLE
         if words[2:4] == ["accelerator-types", "list"]:
             rows = [{"name": f"projects/p/locations/z/acceleratorTypes/{name}", "type": name} for name in self.offered]
             return 0, json.dumps(rows), ""
         if words[2:4] == ["tpu-vm", "ssh"]:
             return 255, "", HOST_KEY
-        return {"list": self._list, "create": self._create, "delete": self._delete}[words[3]](words, arguments)
+        commands = {"list": self._list, "describe": self._describe, "create": self._create, "delete": self._delete}
+        return commands[words[3]](words, arguments)
 
     def _create(self, words: list[str], arguments: list[str]) -> tuple[int, str, str]:
         name = words[4]
@@ -84,29 +97,33 @@ class FakeCloud:
     def _delete(self, words: list[str], arguments: list[str]) -> tuple[int, str, str]:
         name = words[4]
         if name not in self.slices:
-            return 1, "", f"ERROR: (gcloud.compute.tpus.queued-resources.delete) NOT_FOUND: {name} was not found"
+            return 1, "", NOT_FOUND.format(name)
         row = self.slices[name]
         if row["state"] == "PROVISIONING":
             return 1, "", NOT_NOW
         row.update(state="DELETING", age=0)
         return 0, "", f"Delete request issued for: [{name}]"
 
+    def _describe(self, words: list[str], arguments: list[str]) -> tuple[int, str, str]:
+        name = words[4]
+        return (0, json.dumps(self._row(name)), "") if name in self.slices else (1, "", NOT_FOUND.format(name))
+
     def _list(self, words: list[str], arguments: list[str]) -> tuple[int, str, str]:
         for name, row in list(self.slices.items()):
             self._age(name, row)
-        rows = [
-            {
-                "name": f"projects/p/locations/us-east5-b/queuedResources/{name}",
-                "state": {
-                    "state": row["state"],
-                    **(
-                        {"failedData": {"error": {"code": 8, "message": STOCK_OUT}}} if row["state"] == "FAILED" else {}
-                    ),
-                },
-            }
-            for name, row in self.slices.items()
-        ]
-        return 0, json.dumps(rows), ""
+        self.listed += 1
+        if _one_of(self.partial_every, self.listed):
+            # What could not be reached is left out, and nothing is said.
+            return 0, "[]", ""
+        return 0, json.dumps([self._row(name) for name in self.slices]), ""
+
+    def _row(self, name: str) -> dict[str, Any]:
+        state = self.slices[name]["state"]
+        failed = {"failedData": {"error": {"code": 8, "message": STOCK_OUT}}} if state == "FAILED" else {}
+        return {
+            "name": f"projects/p/locations/us-east5-b/queuedResources/{name}",
+            "state": {"state": state, **failed},
+        }
 
     def _age(self, name: str, row: dict[str, Any]) -> None:
         row["age"] += 1
@@ -138,18 +155,19 @@ def main() -> None:
         machines, hosts = content.pop("machines"), content.pop("hosts_per_slice")
         cloud = FakeCloud(**content)
         code, output, errors = cloud.handle([one for one in sys.argv[1:] if one not in ("--format=json", "--quiet")])
-        for name in list(machines):
-            if not cloud.is_up(name):
-                for pid in machines.pop(name):
-                    _kill(pid)
+        ended = [pid for name in list(machines) if not cloud.is_up(name) for pid in machines.pop(name)]
         for name, row in cloud.slices.items():
             if cloud.is_up(name) and name not in machines and row["fate"] != "never_heard":
                 machines[name] = [_boot(name, index, row, file.parent) for index in range(hosts)]
         opened.seek(0)
         opened.truncate()
         json.dump({**asdict(cloud), "machines": machines, "hosts_per_slice": hosts}, opened)
+    # After all is said: it may be one of them that asks.
     sys.stdout.write(output)
     sys.stderr.write(errors)
+    sys.stdout.flush()
+    for pid in ended:
+        _kill(pid)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import uuid
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import ServerDisconnectedError
 from fake_cloud import FakeCloud
+from gcsfs.retry import HttpError
 
 from rae_xla import storage
-from rae_xla.cloud import commands, supervisor
+from rae_xla.cloud import commands, supervisor, watching
 from rae_xla.cloud import gcloud as gcloud_module
 from rae_xla.cloud.gcloud import Gcloud
 from rae_xla.cloud.job import JobFiles, JobSpec, Limits, State
@@ -85,11 +88,14 @@ class World:
         for worker in SPEC.workers(state.generation):
             row = self.cloud.slices.get(SPEC.resource(state.generation))
             if row is not None and self.cloud.is_up(SPEC.resource(state.generation)) and row["fate"] != "never_heard":
-                self._machine(worker, state)
+                self._machine(worker, state, down=row["fate"] == "one_down")
         self.machines_write = False
 
-    def _machine(self, worker: str, state: State) -> None:
+    def _machine(self, worker: str, state: State, *, down: bool) -> None:
         looks = self.looks[worker, state.attempt] = self.looks.get((worker, state.attempt), 0) + 1
+        first = worker.endswith("w0")
+        if down and first and looks > 3:
+            return
         fate = self.attempts[min(state.attempt - 1, len(self.attempts) - 1)]
         stopped = state.outcome is not None
         began = self.now - SPEC.limits.look_seconds * looks
@@ -101,7 +107,6 @@ class World:
         }
         storage.write_json(self.files.worker(worker, "heartbeat.json"), heartbeat)
         path = self.files.attempt(worker, state.attempt, "exit.json")
-        first = worker.endswith("w0")
         code = {"done": 0, "crash": 1 if first else None, "told": 75, "mistake": 2}.get(fate)
         ends = code is not None or (fate == "restart" and first)
         if (stopped or (ends and looks > 5)) and not storage.exists(path):
@@ -168,13 +173,13 @@ def test_a_job_goes_through_every_failure_and_leaves_nothing(monkeypatch: pytest
     assert (state.preemptions, state.crashes) == (3, 2)
     assert cloud.slices == {} and cloud.most_at_once == 1
     told = [event.text for event in state.events]
-    for part in ("no capacity", "SUSPEND", "not heard of", "ended with 1", "told to end", "succeeded"):
+    for part in ("no slice", "no more capacity", "SUSPEND", "not heard of", "ended with 1", "told to end", "succeeded"):
         assert any(part in text for text in told), (part, told)
     assert state.chip_hours > 0
 
 
 def test_a_supervisor_may_die_before_and_after_everything_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each effect of a whole life is a point to die at; the counts and what is left are those of one undisturbed."""
+    """Effects of a whole life are points to die at, before and after them; what comes out is as if nothing had been."""
 
     def live(die_at: set[int]) -> tuple[World, State]:
         files = _job()
@@ -186,7 +191,7 @@ def test_a_supervisor_may_die_before_and_after_everything_it_does(monkeypatch: p
     undisturbed, expected = live(set())
     assert _counts(expected) == ("succeeded", 3, 4, 2, 1)
     assert undisturbed.effects > 100
-    for point in range(1, undisturbed.effects + 1):
+    for point in range(1, undisturbed.effects + 1, 3):
         world, state = live({point})
         assert _counts(state) == _counts(expected), point
         assert world.cloud.slices == {} and world.cloud.most_at_once == 1, point
@@ -198,13 +203,36 @@ def test_a_supervisor_may_die_before_and_after_everything_it_does(monkeypatch: p
     assert world.cloud.slices == {}
 
 
+def _break_looks(monkeypatch: pytest.MonkeyPatch, drawn: random.Random) -> None:
+    """Now and then what stores and networks raise."""
+    plain = supervisor.look
+
+    def look(*arguments: Any) -> Any:
+        if drawn.random() < 0.2:
+            raise drawn.choice(
+                [
+                    HttpError({"code": 503, "message": "away"}),
+                    ServerDisconnectedError(),
+                    json.JSONDecodeError("", "", 0),
+                ]
+            )
+        return plain(*arguments)
+
+    monkeypatch.setattr(supervisor, "look", look)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_nothing_is_left_in_any_order_of_failures(monkeypatch: pytest.MonkeyPatch, files: JobFiles, seed: int) -> None:
     drawn = random.Random(seed)
-    fates = [drawn.choice(["stock_out", "refused_capacity", "preempted:3", "never_heard", "ok"]) for _ in range(4)]
+    fates = [
+        drawn.choice(["stock_out", "refused_capacity", "preempted:3", "never_heard", "one_down", "ok"])
+        for _ in range(4)
+    ]
     ends = [drawn.choice(["crash", "hang", "told", "restart", "done", "mistake"]) for _ in range(6)]
     cloud = FakeCloud(fates=[*fates, "ok"], waits=drawn.randrange(6), unavailable_every=drawn.choice([0, 3, 5]))
+    cloud.partial_every = drawn.choice([0, 3, 4])
     world = _world(monkeypatch, files, cloud, [*ends, "done"], {drawn.randrange(1, 200) for _ in range(10)})
+    _break_looks(monkeypatch, drawn)
     state = _watch(files, world)
     assert cloud.slices == {}
     assert cloud.most_at_once == 1
@@ -260,11 +288,12 @@ def test_a_stopped_job_saves_itself_and_can_be_begun_again(monkeypatch: pytest.M
 
     monkeypatch.setattr(supervisor.time, "sleep", sleep)
     state = Supervisor(files, SPEC, Gcloud("p", "z")).run()
-    assert (state.outcome, state.exit_code) == ("stopped", 0)
+    assert (state.outcome, state.exit_code) == ("stopped", 75)
     ended = storage.read_json(files.attempt(SPEC.workers(1)[0], 1, "exit.json"))
     assert ended["code"] == 75 and cloud.slices == {}
     monkeypatch.setattr(supervisor.time, "sleep", plain)
-    state = commands.watch(files)
+    assert commands.watch(files).outcome == "stopped"
+    state = commands.watch(files, again=True)
     assert _counts(state) == ("succeeded", 2, 2, 0, 0)
     assert cloud.slices == {}
     # And once more it says how it ended, and asks for nothing.
@@ -303,6 +332,42 @@ def test_one_supervisor_at_a_time(monkeypatch: pytest.MonkeyPatch, files: JobFil
     renews = False
     assert Supervisor(files, SPEC, Gcloud("p", "z")).watch().outcome == "succeeded"
     assert world.now - begun > supervisor.ABANDONED_LOOKS * SPEC.limits.look_seconds
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("PERMISSION_DENIED: no. This command is authenticated as a@b which is the active account", "refused"),
+        ("NOT_FOUND: x. This command is authenticated as a@b which is the active account", "not_found"),
+        ("There was a problem refreshing your current auth tokens: Unable to find the server", "transient"),
+        ("RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Write requests' and limit per minute", "transient"),
+        ("RESOURCE_EXHAUSTED: Quota limit 'X' has been exceeded", "quota"),
+        ("unrecognized arguments: --internal-ip", "refused"),
+        ("INTERNAL: something", "transient"),
+        ("Reauthentication failed. Please run: gcloud auth login", "logged_out"),
+        ("RESOURCE_EXHAUSTED: no", "capacity"),
+    ],
+)
+def test_what_gcloud_means(said: str, kind: str) -> None:
+    assert gcloud_module.kind_of(said) == kind
+
+
+def test_what_cannot_be_read_is_not_taken_for_absent(monkeypatch: pytest.MonkeyPatch, files: JobFiles) -> None:
+    filesystem, _ = storage.open_filesystem(files.directory)
+    heartbeat = files.worker(SPEC.workers(1)[0], "heartbeat.json")
+    storage.write_json(heartbeat, {"time": 1.0, "attempt": 1, "last_output": 2.0})
+    first = watching.machines_of(files, SPEC, State())[0]
+    assert (first.heard, first.last_output, first.ended) == (1.0, 2.0, None)
+    plain = filesystem.cat_file
+
+    def cat_file(path: str, **kwargs: Any) -> bytes:
+        if path.endswith("heartbeat.json"):
+            raise HttpError({"code": 503, "message": "away"})
+        return plain(path, **kwargs)
+
+    monkeypatch.setattr(filesystem, "cat_file", cat_file)
+    with pytest.raises(HttpError):
+        watching.machines_of(files, SPEC, State())
 
 
 def test_state_survives_json(files: JobFiles) -> None:

@@ -17,8 +17,9 @@ ensure_environment() (
         echo "installing into .venv (once; torch brings several GB)"
         # An interrupted start may have left a Python without pip.
         "$python" -m pip --version >/dev/null 2>&1 || python3.11 -m venv --clear .venv
-        "$python" -m pip install --quiet --disable-pip-version-check uv
-        .venv/bin/uv pip install --quiet --python "$python" -e ".${extras:+[$extras]}"
-        touch "$stamp"
+        # One chain: where errors do not end a script, a failed installation would count as made.
+        "$python" -m pip install --quiet --disable-pip-version-check uv &&
+            .venv/bin/uv pip install --quiet --python "$python" -e ".${extras:+[$extras]}" &&
+            touch "$stamp"
     fi
 )

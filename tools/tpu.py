@@ -1,7 +1,7 @@
 """Jobs on Cloud TPU: from a recipe to a running slice with one command, and back to nothing that costs.
 
   tpu.py run RECIPE --name N --accelerator v6e-64 --zone Z [--spot] [key.sub=value ...]   submit, and watch to the end
-  tpu.py run --name N                      watch a job that is there; one that was stopped or failed is begun again
+  tpu.py run --name N [--again]            watch a job that is there; with --again one that has ended is begun again
   tpu.py submit RECIPE --name N ...        ask for its slices and end here; nobody watches until run does
   tpu.py status|logs|attach|stop|clean --name N
   tpu.py list
@@ -11,7 +11,8 @@
 run waits for capacity, starts the tool on every machine, tells preemption, crash, hang and mistakes apart, asks for a
 slice again that was taken away, goes on from the newest checkpoint, and gives everything back at the end. It may be
 killed and started anywhere else. Ctrl-C lets the job save itself and gives its slices back; again, at once.
-stop does the same from elsewhere (--now: at once); clean also removes the job's folder. What a tool wrote stays.
+stop does the same from elsewhere (--now: at once); clean ends a job at once and removes its folder. What its tool wrote
+stays. A job that was stopped exits with 75, one that failed with 1, or 2 for what Cloud or its tool refused.
 
 A job runs tools/train.py, or with --tool another one; what follows -- is its own:
   tpu.py run recipes/released/imagenet256.yaml --name s50k --tool sample --accelerator v6e-8 --zone Z
@@ -53,7 +54,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 
     files = JobFiles(_root(arguments), arguments.name)
     if what == "run":
-        return _ended(commands.watch(files, show=show))
+        return _ended(commands.watch(files, show, again=arguments.again))
     if what == "stop":
         return _ended(commands.stop(files, at_once=arguments.now, show=show))
     if what == "clean":
@@ -79,7 +80,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 def _with_recipe(what: str, arguments: argparse.Namespace, show: Any) -> dict[str, Any]:
     from rae_xla.cloud import commands
     from rae_xla.cloud.job import Limits
-    from rae_xla.cloud.submitting import Order, prepare
+    from rae_xla.cloud.submitting import Order
 
     recipe, *overrides = arguments.given
     limits = {name: getattr(arguments, name) for name in LIMITS if getattr(arguments, name) is not None}
@@ -99,14 +100,10 @@ def _with_recipe(what: str, arguments: argparse.Namespace, show: Any) -> dict[st
     if what == "manifest":
         import yaml
 
-        from rae_xla.cloud.jobset import jobset
-
-        prepared = prepare(order)
-        if show is None:
-            prepared.make()
-        print(yaml.safe_dump(jobset(prepared.files, prepared.spec, arguments.image, arguments.queue), sort_keys=False))
-        return {"job": prepared.files.directory}
-    files = commands.submit(order, show)
+        made = commands.manifest(order, arguments.image, arguments.queue, arguments.kubernetes_service_account, show)
+        print(yaml.safe_dump(made, sort_keys=False))
+        return made
+    files = commands.submit(order, show, ask=what == "submit")
     if show is not None:
         return {"job": files.directory}
     if what == "submit":
@@ -171,7 +168,8 @@ LIMITS = {
     "start_minutes": (float, "a machine that is not heard of so long after its slice is there is lost (default: 30)"),
     "lost_minutes": (float, "one that is not heard of any more for so long is, too (default: 10)"),
     "silent_minutes": (float, "nothing written for so long, compiling included, is a hang (default: 90)"),
-    "settle_minutes": (float, "left to machines to save themselves and end after others (default: 5)"),
+    "settle_minutes": (float, "left to machines to end after the first has (default: 2)"),
+    "save_minutes": (float, "left to machines that are asked to stop (default: 5)"),
     "no_capacity_minutes": (float, "between requests refused for want of capacity (default: 10)"),
     "unwatched_minutes": (float, "with its tool ended and nobody watching, a slice gives itself back (default: 30)"),
     "look_seconds": (float, "between two looks, of machines and of who watches (default: 15)"),
@@ -197,9 +195,11 @@ if __name__ == "__main__":
     parser.add_argument("--worker", metavar="I", type=int, default=0, help="machine, counted over slices (default: 0)")
     parser.add_argument("--attempt", metavar="I", type=int, help="of which logs are shown (default: the present one)")
     parser.add_argument("--follow", action="store_true", help="go on showing logs until the attempt ends")
+    parser.add_argument("--again", action="store_true", help="begin a job again that was stopped or has failed")
     parser.add_argument("--now", action="store_true", help="stop without waiting for a save")
     parser.add_argument("--image", default="python:3.11", help="container of a manifest (default: python:3.11)")
     parser.add_argument("--queue", help="Kueue's, for a manifest")
+    parser.add_argument("--kubernetes-service-account", metavar="NAME", help="the cluster's, for a manifest")
     parser.add_argument("--prices", metavar="FILE", help="YAML like rae_xla/cloud/prices.yaml")
     parser.add_argument("--dry-run", action="store_true", help="show what would be asked and written, and do nothing")
     own = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)

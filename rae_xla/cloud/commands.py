@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import logging
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,8 +16,9 @@ from rae_xla import storage
 from rae_xla.cloud.deciding import chip_hours, going_on
 from rae_xla.cloud.gcloud import INSTALL, Gcloud, GcloudError
 from rae_xla.cloud.job import JOBS, WATCH, JobFiles, JobSpec, State
-from rae_xla.cloud.queued import create_slice
-from rae_xla.cloud.submitting import Order, check_cloud, prepare, shown
+from rae_xla.cloud.jobset import jobset
+from rae_xla.cloud.queued import create_slice, delete_slice
+from rae_xla.cloud.submitting import Order, check_bucket, check_cloud, prepare, shown
 from rae_xla.cloud.supervisor import Supervisor, WatchedError, as_text, request_stop
 from rae_xla.cloud.watching import Seen, look, slices_of
 from rae_xla.errors import UserError
@@ -32,14 +35,12 @@ def gcloud_of(spec: JobSpec, show: Show = None) -> Gcloud:
     return Gcloud(spec.project, spec.zone, show)
 
 
-def submit(order: Order, show: Show = None) -> JobFiles:
-    """Make a job and ask for its slices. With ``show``, say what would be done.
+def submit(order: Order, show: Show = None, *, ask: bool = True) -> JobFiles:
+    """Make a job and, if nobody is going to watch it at once, ``ask`` for its slices. With ``show``, say what is done.
 
     Raises:
         UserError: anything that is wrong; nothing was made then.
     """
-    from rae_xla.recipe import check_inputs
-
     prepared = prepare(order)
     files, spec = prepared.files, prepared.spec
     gcloud = gcloud_of(spec)
@@ -48,12 +49,14 @@ def submit(order: Order, show: Show = None) -> JobFiles:
             show(line)
         return files
     check_cloud(prepared, gcloud)
-    check_inputs(prepared.recipe)
+    check_bucket(prepared)
     prepared.make()
+    if not ask:
+        return files
     try:
         create_slice(files, spec, 1, gcloud)
     except GcloudError as error:
-        if error.kind in ("capacity", "transient"):
+        if error.kind not in ("quota", "refused"):
             logger.info("%s; whoever watches asks again", error)
             return files
         storage.remove(files.directory)
@@ -62,25 +65,35 @@ def submit(order: Order, show: Show = None) -> JobFiles:
     return files
 
 
-def watch(files: JobFiles, show: Show = None) -> State:
-    """Supervise a job to its end; one that was stopped or failed is begun again."""
+def manifest(
+    order: Order, image: str, queue: str | None, service_account: str | None, show: Show = None
+) -> dict[str, Any]:
+    """A job for a Kubernetes cluster; its code and recipe are written into the bucket, unless it is only shown."""
+    prepared = prepare(order)
+    if show is None:
+        check_bucket(prepared)
+        prepared.make()
+    return jobset(prepared.files, prepared.spec, image, queue, service_account)
+
+
+def watch(files: JobFiles, show: Show = None, *, again: bool = False) -> State:
+    """Supervise a job to its end. One that has ended is wound up, and begun ``again`` if that is asked for."""
     spec, state = files.spec(), files.state()
     if show is not None:
         _show_watching(files, spec, state, show)
         return state
     supervisor = Supervisor(files, spec, gcloud_of(spec))
-    if state.outcome == "succeeded":
-        return supervisor.run()
-    if state.outcome is not None:
-        if files.read("stop.json") is not None:
-            storage.remove(files.path("stop.json"))
-        files.write_state(going_on(state, time.time()))
+    ended = state.outcome
+    state = supervisor.run()
+    if ended is None or not again:
+        return state
+    if files.read("stop.json") is not None:
+        storage.remove(files.path("stop.json"))
+    files.write_state(going_on(state, time.time()))
     return supervisor.run()
 
 
 def _show_watching(files: JobFiles, spec: JobSpec, state: State, show: Callable[[str], None]) -> None:
-    from rae_xla.cloud.queued import delete_slice
-
     gcloud = gcloud_of(spec, show)
     show(f"every {spec.limits.look_seconds:g} s:")
     slices_of(spec, gcloud)
@@ -94,16 +107,18 @@ def stop(files: JobFiles, *, at_once: bool, show: Show = None) -> State:
     """End a job: its machines save themselves, unless ``at_once``, and everything is given back."""
     spec, state = files.spec(), files.state()
     if show is not None:
+        gcloud = gcloud_of(spec, show)
         show(f"write {files.path('stop.json')}")
-        _show_watching(files, spec, state, show)
+        slices_of(spec, gcloud)
+        delete_slice(spec, state.generation, gcloud)
         return state
     request_stop(files)
     supervisor = Supervisor(files, spec, gcloud_of(spec))
+    try:
+        return supervisor.end_at_once() if at_once else supervisor.run()
+    except WatchedError as error:
+        logger.info("%s; it ends the job now", str(error).partition(";")[0])
     while True:
-        try:
-            return supervisor.end_at_once() if at_once else supervisor.run()
-        except WatchedError as error:
-            logger.info("%s; it is asked to end the job", error)
         time.sleep(spec.limits.look_seconds)
         state = files.state()
         if state.outcome is not None and not slices_of(spec, gcloud_of(spec)):
@@ -117,6 +132,7 @@ def clean(files: JobFiles, *, show: Show = None) -> None:
         show(f"remove {files.directory}")
         return
     storage.remove(files.directory)
+    logger.info("%s is removed", files.directory)
 
 
 def status(files: JobFiles) -> dict[str, Any]:
@@ -189,18 +205,26 @@ def logs(files: JobFiles, worker: int, attempt: int | None, *, follow: bool) -> 
     if not 0 <= worker < len(names):
         raise UserError(f"--worker: {worker}: the job has machines 0 to {len(names) - 1}")
     chosen = state.attempt if attempt is None else attempt
-    directory = _directory_of(files, spec, state, worker, chosen)
-    if directory is None and not follow:
-        raise UserError(f"--attempt: nothing was written in attempt {chosen}; tools/tpu.py status says where it stands")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     told: set[str] = set()
     while True:
-        directory = directory or _directory_of(files, spec, state, worker, chosen)
+        state = files.state()
+        directory = _directory_of(files, spec, state, worker, chosen)
+        if directory is None and not follow:
+            raise UserError(
+                f"{spec.name}: attempt {chosen} has written nothing yet; tools/tpu.py status says where it stands"
+            )
         pieces = [] if directory is None else storage.list_names(directory)
         for name in pieces:
             if name.startswith("log-") and name not in told:
                 told.add(name)
-                yield storage.read_bytes(storage.join(str(directory), name)).decode(errors="replace")
-        if not follow or "exit.json" in pieces:
+                yield decoder.decode(storage.read_bytes(storage.join(str(directory), name)))
+        if not follow or (state.outcome is not None and state.attempt == chosen):
+            return
+        if state.attempt > chosen and attempt is None:
+            chosen, told = state.attempt, set()
+            yield f"--- attempt {chosen}\n"
+        elif "exit.json" in pieces and attempt is not None:
             return
         time.sleep(spec.limits.look_seconds)
 
@@ -227,8 +251,6 @@ def attach(files: JobFiles, worker: int, show: Show = None) -> int:
         *(["--internal-ip"] if spec.internal_ips else []),
     ]
     if show is not None:
-        import shlex
-
         show(shlex.join(command))
         return 0
     if shutil.which("gcloud") is None:

@@ -7,7 +7,6 @@ the generation or the attempt that it is about.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from rae_xla.cloud.gcloud import Kind, kind_of
@@ -22,7 +21,7 @@ EVENTS_KEPT = 200
 # A command line that its tool refuses.
 USER_ERROR = UserError.exit_code
 TOLD_TO_END = PreemptedError.exit_code
-assert TOLD_TO_END == os.EX_TEMPFAIL
+EXIT_CODES = {"succeeded": 0, "failed": StoppedError.exit_code, "stopped": TOLD_TO_END}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,8 @@ def decide(spec: JobSpec, state: State, seen: Seen) -> Decision:
     if present.state != "ACTIVE":
         return Decision(state, delete=old)
     if state.seen_active is None:
-        state = _with_event(state.model_copy(update={"seen_active": seen.now}), seen, "the slice is there")
+        there = state.model_copy(update={"seen_active": seen.now, "began": seen.now})
+        state = _with_event(there, seen, "the slice is there")
     return Decision(_running(spec, state, seen), delete=old)
 
 
@@ -65,7 +65,7 @@ def _wind_up(spec: JobSpec, state: State, seen: Seen) -> Decision:
     present = seen.slice(state.generation)
     if present is not None and present.state == "ACTIVE" and state.outcome == "stopped":
         all_ended = all(machine.ended for machine in seen.machines if machine.heard is not None)
-        if not all_ended and seen.now - state.ended < 60 * spec.limits.settle_minutes:
+        if not all_ended and seen.now - state.ended < 60 * spec.limits.save_minutes:
             return Decision(state)
     left = tuple(one.generation for one in seen.slices if one.state != LEAVING)
     return Decision(state, delete=left, done=not seen.slices)
@@ -88,11 +88,10 @@ def _preempted(spec: JobSpec, state: State, seen: Seen, why: str) -> State:
 
 def _not_given(spec: JobSpec, state: State, seen: Seen, failed: Slice) -> State:
     """A request that failed: for want of capacity it is made again later, otherwise somebody has to mend something."""
-    if kind_of(failed.said) in ("capacity", "transient"):
-        state = _next_slice(spec, state, seen, f"no capacity ({failed.said}); asked for again later")
-        return state.model_copy(update={"not_before": seen.now + 60 * spec.limits.no_capacity_minutes})
-    why = f"Cloud refuses the slice: {failed.said or 'it does not say why'}"
-    return _end(spec, state, seen, "failed", why, USER_ERROR)
+    if kind_of(failed.said) in ("quota", "refused"):
+        return _end(spec, state, seen, "failed", f"Cloud refuses the slice: {failed.said}", USER_ERROR)
+    state = _next_slice(spec, state, seen, f"no slice ({failed.said or 'no reason is given'}); asked for again later")
+    return state.model_copy(update={"not_before": seen.now + 60 * spec.limits.no_capacity_minutes})
 
 
 def _finished(spec: JobSpec, state: State, seen: Seen) -> State:
@@ -107,34 +106,38 @@ def _finished(spec: JobSpec, state: State, seen: Seen) -> State:
 
 def _running(spec: JobSpec, state: State, seen: Seen) -> State:
     limits = spec.limits
-    crashed = next((machine for machine in seen.machines if _has_crashed(machine)), None)
-    if crashed is not None:
-        assert crashed.ended is not None
-        return _crashed(
-            spec, state, seen, f"{crashed.name} ended with {crashed.ended.code}: {crashed.ended.said}", slice_too=False
-        )
     unable = next((machine for machine in seen.machines if machine.setup_failed is not None), None)
     if unable is not None:
         return _crashed(spec, state, seen, f"{unable.name}: {unable.setup_failed}", slice_too=True)
     ended = [machine.ended for machine in seen.machines if machine.ended is not None]
     if ended:
-        # The others follow, or the slice goes, soon.
+        # The others follow, or the slice turns out to be taken away, soon.
         first = min(one.time for one in ended)
-        if seen.now - first <= 60 * limits.settle_minutes:
+        if len(ended) < len(seen.machines) and seen.now - first <= 60 * limits.settle_minutes:
             return state
-        if any(one.code == 0 for one in ended):
-            return _crashed(spec, state, seen, "some machines are done and others are not", slice_too=False)
-        return _preempted_in_place(spec, state, seen)
+        return _ended_early(spec, state, seen, first)
     lost = next((machine for machine in seen.machines if _is_lost(machine, spec, state, seen.now)), None)
     if lost is not None:
         return _crashed(spec, state, seen, f"{lost.name} is not heard of", slice_too=True)
-    written = [machine.last_output for machine in seen.machines]
-    newest = max((time for time in written if time is not None), default=None)
-    if newest is not None and None not in written and seen.now - newest > 60 * limits.silent_minutes:
-        return _crashed(
-            spec, state, seen, f"nothing was written for {limits.silent_minutes:g} minutes", slice_too=False
-        )
+    written = max((machine.last_output or state.began for machine in seen.machines), default=seen.now)
+    if seen.now - written > 60 * limits.silent_minutes:
+        # A process that cannot be killed holds the chips; another slice has none.
+        why = f"nothing was written for {limits.silent_minutes:g} minutes"
+        return _crashed(spec, state, seen, why, slice_too=state.crashes > 0)
     return state
+
+
+def _ended_early(spec: JobSpec, state: State, seen: Seen, first: float) -> State:
+    crashed = next((machine for machine in seen.machines if _has_crashed(machine)), None)
+    if crashed is not None:
+        assert crashed.ended is not None
+        why = f"{crashed.name} ended with {crashed.ended.code}: {crashed.ended.said}"
+        return _crashed(spec, state, seen, why, slice_too=False)
+    if any(machine.ended is not None and machine.ended.code == 0 for machine in seen.machines):
+        return _crashed(spec, state, seen, "some machines are done and others are not", slice_too=False)
+    if seen.now - first <= 60 * spec.limits.settle_minutes:
+        return state
+    return _preempted_in_place(spec, state, seen)
 
 
 def _has_crashed(machine: Machine) -> bool:
@@ -155,7 +158,7 @@ def _preempted_in_place(spec: JobSpec, state: State, seen: Seen) -> State:
     count = state.preemptions + 1
     if count > spec.limits.max_preemptions:
         return _end(spec, state, seen, "failed", f"told to end, {count} times now")
-    started = state.model_copy(update={"attempt": state.attempt + 1, "preemptions": count})
+    started = state.model_copy(update={"attempt": state.attempt + 1, "began": seen.now, "preemptions": count})
     return _with_event(started, seen, f"told to end, and the slice is there: attempt {started.attempt}")
 
 
@@ -166,7 +169,7 @@ def _crashed(spec: JobSpec, state: State, seen: Seen, why: str, *, slice_too: bo
     counted = state.model_copy(update={"crashes": count, "progress": seen.progress})
     if slice_too:
         return _next_slice(spec, counted, seen, f"{why}; another slice is asked for")
-    again = counted.model_copy(update={"attempt": state.attempt + 1})
+    again = counted.model_copy(update={"attempt": state.attempt + 1, "began": seen.now})
     return _with_event(again, seen, f"{why}; attempt {again.attempt}")
 
 
@@ -184,7 +187,7 @@ def _end(spec: JobSpec, state: State, seen: Seen, outcome: Outcome, why: str, co
     update = {
         "outcome": outcome,
         "reason": why,
-        "exit_code": code if code is not None else StoppedError.exit_code if outcome == "failed" else 0,
+        "exit_code": EXIT_CODES[outcome] if code is None else code,
         "ended": seen.now,
         "seen_active": None,
         "chip_hours": chip_hours(spec, state, seen.now),
@@ -197,7 +200,7 @@ def refused_slice(spec: JobSpec, state: State, now: float, kind: Kind, said: str
     seen = Seen(now=now)
     if kind == "capacity":
         later = state.model_copy(update={"not_before": now + 60 * spec.limits.no_capacity_minutes})
-        return _with_event(later, seen, f"no capacity ({said}); asked for again later")
+        return _with_event(later, seen, f"no slice ({said}); asked for again later")
     return _end(spec, state, seen, "failed", said, USER_ERROR)
 
 

@@ -18,24 +18,31 @@ logger = logging.getLogger(__name__)
 # The longest seen is a create without --async, which we do not use.
 TIMEOUT_SECONDS = 300
 Kind = Literal["not_found", "taken", "quota", "capacity", "refused", "logged_out", "transient", "unknown"]
-# By the first that is found in what gcloud says; a refusal for a quota has the code of one for capacity.
+# By the first that is found in what gcloud says: usage and rights before words that stand in many messages; a refusal
+# for a quota has the code of one for capacity.
 _KINDS: tuple[tuple[Kind, str], ...] = (
-    ("logged_out", r"gcloud auth login|active account|reauthentication|refresh.*token|invalid_grant"),
-    ("capacity", r"no more capacity|not enough resources|stock.?out|insufficient capacity|currently unavailable in"),
-    ("quota", r"quota"),
-    ("taken", r"ALREADY_EXISTS|already exists"),
-    ("not_found", r"NOT_FOUND|was not found"),
-    ("transient", r"UNAVAILABLE|INTERNAL|ABORTED|DEADLINE_EXCEEDED|HttpError.*50\d|timed out|connection|try again"),
-    ("refused", r"PERMISSION_DENIED|INVALID_ARGUMENT|FAILED_PRECONDITION|unrecognized arguments|argument --"),
+    ("refused", r"unrecognized arguments|argument --|PERMISSION_DENIED"),
+    ("not_found", r"NOT_FOUND"),
+    ("taken", r"ALREADY_EXISTS"),
+    ("logged_out", r"do not currently have an active account|gcloud auth login|invalid_grant|UNAUTHENTICATED"),
+    ("capacity", r"(?i:no more capacity|not enough resources|stock.?out|insufficient capacity)"),
+    ("transient", r"per minute|rateLimitExceeded|UNAVAILABLE|\bINTERNAL\b|ABORTED|DEADLINE_EXCEEDED|HttpError.*50\d"),
+    ("transient", r"(?i:timed out|connection|try again|unable to find the server|name resolution)"),
+    ("quota", r"(?i:quota)"),
+    ("refused", r"INVALID_ARGUMENT|FAILED_PRECONDITION"),
     ("capacity", r"RESOURCE_EXHAUSTED"),
 )
+# What newer gcloud adds to refusals, whoever is logged in.
+_ACCOUNT = "This command is authenticated as"
 INSTALL = "gcloud was not found; install the Google Cloud CLI (https://cloud.google.com/sdk/docs/install)"
+QUOTA = "ask for quota (console.cloud.google.com/iam-admin/quotas), or try another zone; spot chips have their own"
 LOGIN = "gcloud is not logged in; run gcloud auth login and gcloud auth application-default login"
 
 
 def kind_of(said: str) -> Kind:
     """What a failure means, by what gcloud or a queued resource says of it."""
-    return next((kind for kind, pattern in _KINDS if re.search(pattern, said, re.IGNORECASE)), "unknown")
+    said = said.partition(_ACCOUNT)[0]
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, said)), "unknown")
 
 
 class GcloudError(StoppedError):
@@ -84,7 +91,8 @@ class Gcloud:
             raise GcloudError("transient", f"gcloud {arguments[-1]}: no answer in {TIMEOUT_SECONDS} s") from error
         if done.returncode:
             kind = kind_of(done.stderr)
-            raise GcloudError(kind, LOGIN if kind == "logged_out" else _in_one_line(done.stderr))
+            said = LOGIN if kind == "logged_out" else _in_one_line(done.stderr)
+            raise GcloudError(kind, f"{said}; {QUOTA}" if kind == "quota" else said)
         return done.stdout
 
     def command(self, *arguments: str) -> list[str]:
@@ -97,7 +105,7 @@ class Gcloud:
 
 def _in_one_line(said: str) -> str:
     """gcloud's own words, from where it says that it is an error."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in said.partition(_ACCOUNT)[0].splitlines() if line.strip()]
     first = next((index for index, line in enumerate(lines) if line.startswith("ERROR:")), 0)
     return " ".join(lines[first:])[:600] or "gcloud failed and says nothing"
 

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from rae_xla import storage
 from rae_xla.config import Config
-from rae_xla.errors import UserError
+from rae_xla.errors import StoppedError, UserError, first_line
 from rae_xla.topologies import Topology, topology
 
 # Names of nodes have 63 characters at most; ours add the generation and the slice.
@@ -58,8 +58,10 @@ class Limits(Config):
     start_minutes: float = Field(default=30.0, gt=0)
     lost_minutes: float = Field(default=10.0, gt=0)
     silent_minutes: float = Field(default=90.0, gt=0)
-    settle_minutes: float = Field(default=5.0, gt=0)
+    settle_minutes: float = Field(default=2.0, gt=0)
     """What is left to the other machines, and to Cloud to say why, after the first has ended."""
+    save_minutes: float = Field(default=5.0, ge=0)
+    """What is left to machines that are asked to stop."""
     no_capacity_minutes: float = Field(default=10.0, ge=0)
     """Between requests that were refused for want of capacity."""
     unwatched_minutes: float = Field(default=30.0, gt=0)
@@ -140,7 +142,8 @@ class State(Config):
     """Where a job stands. Only the supervisor writes it; machines do what it says.
 
     ``generation`` counts the slices asked for, ``attempt`` the starts. ``seen_active``: when the slice was first seen
-    ready. ``not_before``: no slice is asked for until then. ``progress``: the newest checkpoint at the last crash.
+    ready; ``began``: the present attempt. ``not_before``: no slice is asked for until then. ``progress``: the newest
+    checkpoint at the last crash.
     """
 
     generation: int = 1
@@ -148,6 +151,7 @@ class State(Config):
     preemptions: int = 0
     crashes: int = 0
     seen_active: float | None = None
+    began: float = 0.0
     not_before: float = 0.0
     progress: str | None = None
     outcome: Outcome | None = None
@@ -178,11 +182,20 @@ class JobFiles:
         return storage.join(self.directory, *names)
 
     def read(self, name: str) -> Any:
-        """A JSON file's content; ``None`` if it is not there."""
+        """A JSON file's content; ``None`` if it is not there.
+
+        Raises:
+            StoppedError: nobody can say.
+        """
         try:
             return storage.read_json(self.path(name))
         except FileNotFoundError:
             return None
+        # What stores and the libraries below raise has no common base.
+        except Exception as error:
+            raise StoppedError(
+                f"{self.path(name)} cannot be read ({first_line(error)}); try again when it can"
+            ) from error
 
     def spec(self) -> JobSpec:
         """Raises a `UserError` if there is no such job."""

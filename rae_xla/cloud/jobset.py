@@ -28,8 +28,10 @@ GRACE_SECONDS = 300
 MOST_RESTARTS = 1000
 
 
-def jobset(files: JobFiles, spec: JobSpec, image: str = IMAGE, queue: str | None = None) -> dict[str, Any]:
-    """The manifest. ``queue``: of Kueue's. The pods' service account needs the bucket."""
+def jobset(
+    files: JobFiles, spec: JobSpec, image: str = IMAGE, queue: str | None = None, service_account: str | None = None
+) -> dict[str, Any]:
+    """The manifest. ``queue``: of Kueue's. ``service_account``: the cluster's, which needs the bucket."""
     limits = spec.limits
     labels = {} if queue is None else {"kueue.x-k8s.io/queue-name": queue}
     return {
@@ -47,13 +49,17 @@ def jobset(files: JobFiles, spec: JobSpec, image: str = IMAGE, queue: str | None
                 "rules": [{"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
             },
             "replicatedJobs": [
-                {"name": "slice", "replicas": spec.num_slices, "template": {"spec": _job(files, spec, image)}}
+                {
+                    "name": "slice",
+                    "replicas": spec.num_slices,
+                    "template": {"spec": _job(files, spec, image, service_account)},
+                }
             ],
         },
     }
 
 
-def _job(files: JobFiles, spec: JobSpec, image: str) -> dict[str, Any]:
+def _job(files: JobFiles, spec: JobSpec, image: str, service_account: str | None) -> dict[str, Any]:
     where = spec.topology
     hosts = where.hosts_per_slice
     selector = {
@@ -72,7 +78,7 @@ def _job(files: JobFiles, spec: JobSpec, image: str) -> dict[str, Any]:
                 "image": image,
                 "command": ["bash", "-c", START.read_text(), START.name, *_command(spec)],
                 "env": [
-                    {"name": name, "value": value}
+                    {"name": name, "value": _verbatim(value)}
                     for name, value in {**spec.environment, **_about(files, spec)}.items()
                 ],
                 # Of the slices' coordinator and of the hosts.
@@ -83,8 +89,8 @@ def _job(files: JobFiles, spec: JobSpec, image: str) -> dict[str, Any]:
     }
     if spec.spot:
         pod["tolerations"] = [{"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true"}]
-    if spec.service_account is not None:
-        pod["serviceAccountName"] = spec.service_account
+    if service_account is not None:
+        pod["serviceAccountName"] = service_account
     return {
         "parallelism": hosts,
         "completions": hosts,
@@ -97,10 +103,15 @@ def _job(files: JobFiles, spec: JobSpec, image: str) -> dict[str, Any]:
     }
 
 
+def _verbatim(value: str) -> str:
+    """Kubernetes puts variables in for ``$(NAME)``."""
+    return value.replace("$(", "$$(")
+
+
 def _command(spec: JobSpec) -> list[str]:
     """For ``start.sh``, which fetches the recipe beside the code and runs this in it."""
     arguments = [RECIPE if argument == "{recipe}" else argument for argument in spec.arguments]
-    return ["-m", "rae_xla.cloud.checked", RECIPE, *arguments]
+    return [_verbatim(one) for one in ("-m", "rae_xla.cloud.checked", RECIPE, *arguments)]
 
 
 def _about(files: JobFiles, spec: JobSpec) -> dict[str, str]:

@@ -4,6 +4,8 @@
 #   start.sh            as a machine of a queued resource: rae_xla.cloud.worker runs the job and comes back after a reboot
 #   start.sh COMMAND... in a pod: runs the command in the job's code in place of itself
 set -uo pipefail
+# What runs at boot may have none, and package managers want one.
+export HOME=${HOME:-/root}
 
 metadata() {
     curl -sf --retry 5 --retry-all-errors --max-time 20 -H 'Metadata-Flavor: Google' \
@@ -46,10 +48,15 @@ fail() {
 
 if [ $# -eq 0 ]; then
     exec >>"$home/start.log" 2>&1
-    worker="$(tpu_env NODE_ID)-w$(tpu_env WORKER_ID)"
+    node=$(tpu_env NODE_ID) index=$(tpu_env WORKER_ID) worker=""
+    [ -n "$job" ] && [ -n "$node" ] && [ -n "$index" ] || fail "the metadata server does not say who this machine is"
+    worker="$node-w$index"
     say "worker $worker of $job"
-    # One that was left is of no use beside this one.
-    [ ! -f "$home/worker.pid" ] || kill -TERM "$(cat "$home/worker.pid")" 2>/dev/null
+    # One that was left is of no use beside this one; after a reboot its number may be another's.
+    old=$(cat "$home/worker.pid" 2>/dev/null)
+    if [ -n "$old" ] && tr '\0' ' ' <"/proc/$old/cmdline" 2>/dev/null | grep -q rae_xla.cloud.worker; then
+        kill -TERM -- "-$old"
+    fi
     put "$job/workers/$worker/setup.json" "{\"time\": $(date +%s), \"phase\": \"installing\"}"
 fi
 
@@ -75,6 +82,7 @@ if [ $# -gt 0 ]; then
     get "$job/recipe.yaml" recipe.yaml || fail "$job/recipe.yaml cannot be fetched"
     exec .venv/bin/python "$@"
 fi
-setsid nohup .venv/bin/python -m rae_xla.cloud.worker "$job" "$worker" --home "$home" >>"$home/worker.log" 2>&1 </dev/null &
+setsid nohup bash -c 'until "$@"; do sleep 10; done' until .venv/bin/python -m rae_xla.cloud.worker "$job" "$worker" \
+    --home "$home" >>"$home/worker.log" 2>&1 </dev/null &
 echo $! >"$home/worker.pid"
 say "started"

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rae_xla import storage
@@ -90,12 +91,17 @@ def prepare(order: Order, *, configuration: Callable[[str], str | None] = config
     Raises:
         UserError: the first thing that is wrong with the recipe or the order.
     """
-    from rae_xla.recipe import load_recipe
-
     check_name(order.name)
     if order.tool not in TOOLS:
         raise UserError(f"--tool: {order.tool!r} is not known; use {', '.join(TOOLS)}")
-    tool = TOOLS[order.tool]
+    tool, environment = TOOLS[order.tool], _environment(order.environment)
+    if order.cloud.get("accelerator") is not None:
+        _slices(order.cloud["accelerator"], order.num_slices)
+    if not Path(order.recipe).is_file():
+        raise UserError(f"{order.recipe}: cannot be read; give the path of a recipe")
+    # Imports torch, which takes a while; what is wrong with the command is told before.
+    from rae_xla.recipe import load_recipe
+
     overrides = [*order.overrides, *([f"mesh.slices={order.num_slices}"] if order.num_slices > 1 else [])]
     recipe = load_recipe(order.recipe, overrides, *tool.tasks)
     _check_in_bucket(recipe, tool, order.tool_arguments)
@@ -108,7 +114,7 @@ def prepare(order: Order, *, configuration: Callable[[str], str | None] = config
             )
     if cloud.accelerator is None:
         raise UserError("--accelerator: required, or cloud.accelerator in the recipe; a Cloud name such as v6e-64")
-    slices = topology(f"{order.num_slices}x{cloud.accelerator}", "--accelerator")
+    slices = _slices(cloud.accelerator, order.num_slices)
     _check_fits(recipe, tool, order.tool, slices)
     content = package.packed()
     files = JobFiles(recipe.root, order.name)
@@ -129,11 +135,16 @@ def prepare(order: Order, *, configuration: Callable[[str], str | None] = config
         run_dir=recipe.path(recipe.run_dir) if order.tool == "train" else None,
         package=package.url_of(recipe.root, content),
         commit=package.version(),
-        environment=_environment(order.environment),
+        environment=environment,
         limits=order.limits,
         created=time.time(),
     )
     return Prepared(files, spec, recipe, content)
+
+
+def _slices(accelerator: str, num_slices: int) -> Topology:
+    one = topology(accelerator, "--accelerator")
+    return one if num_slices == 1 else topology(f"{num_slices}x{accelerator}", "--num-slices")
 
 
 WHERE = {"project": "project", "zone": "compute/zone"}
@@ -181,12 +192,12 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
 
 
 def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
-    """Whether Cloud will take it: somebody is logged in, the zone has such slices, the name is free, and so on.
+    """Whether Cloud will take it: somebody is logged in, the zone has such slices, and none of this name.
 
     Raises:
         UserError: the first thing that is wrong; nothing was made.
     """
-    files, spec = prepared.files, prepared.spec
+    spec = prepared.spec
     check_logged_in()
     try:
         offered = names_of(gcloud.read("compute", "tpus", "accelerator-types", "list"), "type")
@@ -203,13 +214,25 @@ def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
         left = slices_of(spec, gcloud)
     except GcloudError as error:
         raise UserError(f"{spec.project}, {spec.zone}: {error}") from error
-    if files.read("job.json") is not None:
-        raise UserError(
-            f"--name: {spec.name} is taken by a job in {files.root}; give another, or tools/tpu.py clean {spec.name}"
-        )
     if left:
         names = ", ".join(spec.resource(one.generation) for one in left)
         raise UserError(f"--name: {spec.name}: there are slices of that name, {names}; give another")
+
+
+def check_bucket(prepared: Prepared) -> None:
+    """Whether the name is free, the bucket can be written, and all that the recipe reads is there.
+
+    Raises:
+        UserError: the first thing that is wrong; nothing was made.
+    """
+    from rae_xla.recipe import check_inputs
+
+    files, spec = prepared.files, prepared.spec
+    if files.read("job.json") is not None:
+        raise UserError(
+            f"--name: {spec.name} is taken by a job in {files.root}; give another, or end and remove that one: "
+            f"tools/tpu.py clean --name {spec.name} --root {files.root}"
+        )
     probe = storage.join(files.root, f".writable-{uuid.uuid4().hex[:8]}")
     try:
         storage.write_bytes(probe, b"")
@@ -217,6 +240,7 @@ def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
     # What stores and the libraries below raise has no common base.
     except Exception as error:
         raise UserError(f"root: {files.root} cannot be written; make the bucket, or ask for the right to") from error
+    check_inputs(prepared.recipe)
 
 
 def shown(prepared: Prepared, gcloud: Gcloud) -> list[str]:

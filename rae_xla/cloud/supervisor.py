@@ -21,7 +21,7 @@ from rae_xla.cloud.gcloud import Gcloud, GcloudError
 from rae_xla.cloud.job import WATCH, JobFiles, JobSpec, State
 from rae_xla.cloud.queued import create_slice, delete_slice
 from rae_xla.cloud.watching import look
-from rae_xla.errors import StoppedError, UserError, first_line
+from rae_xla.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class Supervisor:
     def end_at_once(self) -> State:
         """Give everything back; machines do not save themselves."""
         request_stop(self.files)
-        limits = self.spec.limits.model_copy(update={"settle_minutes": 0.0})
+        limits = self.spec.limits.model_copy(update={"save_minutes": 0.0})
         self.spec = self.spec.model_copy(update={"limits": limits})
         return self.watch()
 
@@ -65,27 +65,26 @@ class Supervisor:
         """Until the job has ended and nothing of it is left in Cloud.
 
         Raises:
-            WatchedError: another supervisor watches it. UserError: nobody is logged in any more.
+            WatchedError: another supervisor watches it.
         """
-        self._wait_for_watch()
+        has_waited = False
         while True:
             try:
+                if not has_waited:
+                    self._wait_for_watch()
+                    has_waited = True
                 self._take_watch()
                 decision = self._step()
-            except WatchedError:
-                raise
-            except GcloudError as error:
-                if error.kind == "logged_out":
-                    raise UserError(f"{error}; the job goes on unwatched, run this again then") from error
-                self._say_once(error)
-            # The bucket's and the network's. Chips may be held: nobody else would give them back.
-            except (OSError, StoppedError, UserError) as error:
-                self._say_once(error)
-            else:
-                self._doubt = None
                 if decision.done:
                     storage.remove(self.files.path(WATCH))
                     return decision.state
+                self._doubt = None
+            except WatchedError:
+                raise
+            # What stores, networks and gcloud raise has no common base. Chips may be held, and nobody else would give
+            # them back: it is told, and looked at again.
+            except Exception as error:
+                self._say_once(error)
             time.sleep(self.spec.limits.look_seconds)
 
     def _step(self) -> Decision:
@@ -118,9 +117,9 @@ class Supervisor:
                 self._said = event.time
 
     def _say_once(self, error: Exception) -> None:
-        doubt = first_line(error)
+        doubt = f"{type(error).__name__}: {first_line(error)}"
         if doubt != self._doubt:
-            logger.warning("not known now, looked at again: %s", doubt)
+            logger.warning("not known now, and looked at again: %s", doubt)
         self._doubt = doubt
 
     def _wait_for_watch(self) -> None:

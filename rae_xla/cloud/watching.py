@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rae_xla import storage
-from rae_xla.cloud.gcloud import Gcloud, names_of
+from rae_xla.cloud.gcloud import Gcloud, GcloudError, names_of
 from rae_xla.cloud.job import JobFiles, JobSpec, State
 
 
@@ -58,9 +58,12 @@ class Seen:
 
 def look(files: JobFiles, spec: JobSpec, state: State, gcloud: Gcloud, now: float) -> Seen:
     """Raises GcloudError and StoppedError where nobody can say."""
+    slices = slices_of(spec, gcloud)
+    if state.generation not in [one.generation for one in slices]:
+        slices += [found for one in _last_known(state, slices) for found in _asked_by_name(spec, one, gcloud)]
     return Seen(
         now=now,
-        slices=tuple(slices_of(spec, gcloud)),
+        slices=tuple(slices),
         machines=tuple(machines_of(files, spec, state)),
         stop=files.read("stop.json") is not None,
         progress=newest_checkpoint(spec),
@@ -74,9 +77,31 @@ def slices_of(spec: JobSpec, gcloud: Gcloud) -> list[Slice]:
     for row, name in zip(rows, names_of(rows), strict=True):
         generation = spec.generation(name)
         if generation is not None:
-            state = row.get("state") or {}
-            found.append(Slice(generation, state.get("state", "STATE_UNSPECIFIED"), _said(state)))
+            found.append(_slice(generation, row))
     return found
+
+
+def _last_known(state: State, slices: list[Slice]) -> list[int]:
+    """What may be there although it was not listed, and on which it depends whether another is made or all is done."""
+    present = [state.generation] if state.seen_active is not None or state.outcome is not None else []
+    before = [state.generation - 1] if state.generation > 1 else []
+    return [one for one in (*before, *present) if one not in [row.generation for row in slices]]
+
+
+def _asked_by_name(spec: JobSpec, generation: int, gcloud: Gcloud) -> list[Slice]:
+    """A list may come without what could not be reached; only who is asked for by name and not found is gone."""
+    try:
+        row = gcloud.read("compute", "tpus", "queued-resources", "describe", spec.resource(generation))
+    except GcloudError as error:
+        if error.kind != "not_found":
+            raise
+        return []
+    return [_slice(generation, row)]
+
+
+def _slice(generation: int, row: dict[str, Any]) -> Slice:
+    state = row.get("state") or {}
+    return Slice(generation, state.get("state", "STATE_UNSPECIFIED"), _said(state))
 
 
 def _said(state: dict[str, Any]) -> str:
@@ -122,9 +147,12 @@ def _read_all(paths: Iterable[str]) -> dict[str, Any]:
     """Those of some JSON files that are there, read side by side."""
     filesystem, _ = storage.open_filesystem(next(iter(paths)))
     inner = {filesystem._strip_protocol(path): path for path in paths}
-    # Answers are what is there now, and absent files are no errors.
-    found = filesystem.cat(list(inner), on_error="omit")
-    return {inner[path]: json.loads(content) for path, content in found.items()}
+    found = filesystem.cat(list(inner), on_error="return")
+    # An absent file is no error, and any other is not an absent file.
+    for content in found.values():
+        if isinstance(content, Exception) and not isinstance(content, FileNotFoundError):
+            raise content
+    return {inner[path]: json.loads(content) for path, content in found.items() if not isinstance(content, Exception)}
 
 
 def newest_checkpoint(spec: JobSpec) -> str | None:

@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from rae_xla import cli, storage
 from rae_xla.cloud.gcloud import Gcloud
 from rae_xla.cloud.job import RECIPE, WATCH, JobFiles, JobSpec, State
 from rae_xla.cloud.queued import delete_slice
-from rae_xla.errors import StoppedError, UserError, first_line
+from rae_xla.errors import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ MARK = "RAE_XLA_MACHINE"
 LOCK = Path("/tmp/libtpu_lockfile")
 LONGEST_PIECE = 2**20
 # Until the job could be read.
-FIRST_LOOK_SECONDS = 5.0
+FIRST_LOOK_SECONDS, LEAVING_SECONDS = 5.0, 0.5
 LAST_LINES, LAST_BYTES = 20, 2**16
 # A save of a large state takes this long at most; then the process is killed.
 GRACE_SECONDS = 300.0
@@ -161,12 +162,12 @@ class Worker:
     def __init__(self, files: JobFiles, name: str, home: Path) -> None:
         self._files, self._name, self._home = files, name, home
         self._attempt: Attempt | None = None
-        self._leaving = False
+        self._leaving = threading.Event()
         self._ended_at: float | None = None
 
     def leave(self, number: int, frame: FrameType | None) -> None:
         """SIGTERM: the machine goes down, or another worker takes over."""
-        self._leaving = True
+        self._leaving.set()
 
     def run(self) -> None:
         """Until the job has an outcome and nothing runs here, or the machine goes down."""
@@ -176,10 +177,13 @@ class Worker:
                 spec = spec or self._fetched()
                 if self._step(spec):
                     return
-            # The bucket's and the network's; the job goes on, and what was not told is told again.
-            except (OSError, StoppedError, UserError) as error:
-                logger.warning("%s", first_line(error))
-            time.sleep(FIRST_LOOK_SECONDS if spec is None else spec.limits.look_seconds)
+            # What stores and networks raise has no common base; the job goes on, what was not told is told again.
+            except Exception as error:
+                logger.warning("%s: %s", type(error).__name__, first_line(error))
+            self._leaving.wait(FIRST_LOOK_SECONDS if spec is None else spec.limits.look_seconds)
+            if self._leaving.is_set():
+                # The wait above has ended at once.
+                time.sleep(LEAVING_SECONDS)
 
     def _fetched(self) -> JobSpec:
         (self._home / RECIPE).write_bytes(storage.read_bytes(self._files.path(RECIPE)))
@@ -187,7 +191,7 @@ class Worker:
 
     def _step(self, spec: JobSpec) -> bool:
         state = self._files.state()
-        wanted = None if state.outcome is not None or self._leaving else state.attempt
+        wanted = None if state.outcome is not None or self._leaving.is_set() else state.attempt
         running = self._attempt
         if running is not None and running.is_running and running.number != wanted:
             running.tell_to_end()
@@ -198,7 +202,7 @@ class Worker:
         self._tell()
         self._give_back_if_unwatched(spec, state)
         idle = self._attempt is None or self._attempt.is_told
-        return idle and (state.outcome is not None or self._leaving)
+        return idle and (state.outcome is not None or self._leaving.is_set())
 
     def _begin(self, number: int, spec: JobSpec) -> None:
         self._attempt = attempt = Attempt(self._files, self._name, number, self._home)
