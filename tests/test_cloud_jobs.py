@@ -147,7 +147,7 @@ def test_ctrl_c_lets_a_job_save_itself_and_run_begins_it_again(cloud: Cloud) -> 
     _when(lambda: storage.list_names(checkpoints))
     running.send_signal(signal.SIGINT)
     said = running.communicate(timeout=120)[1]
-    assert running.returncode == 0, said
+    assert running.returncode == os.EX_TEMPFAIL, said
     assert "stopped: asked to stop" in said
     files = JobFiles(PROJECT, "life")
     ended = storage.read_json(files.attempt("life-g1-w0", 1, "exit.json"))
@@ -163,6 +163,8 @@ def test_ctrl_c_lets_a_job_save_itself_and_run_begins_it_again(cloud: Cloud) -> 
 
 def test_a_slice_that_nobody_watches_gives_itself_back(cloud: Cloud) -> None:
     assert _submit(*FAST, "--env=STAND_IN_STEPS=4", "--unwatched-minutes=0.05")[0] == 0
+    # It does not crash this time.
+    storage.write_text(f"{PROJECT}/judge/crashed", "before")
     gcloud = [str(cloud.file.parent / "bin" / "gcloud"), "compute", "tpus", "queued-resources", "list"]
 
     def is_gone() -> bool:
