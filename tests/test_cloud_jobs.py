@@ -97,7 +97,7 @@ def _submit(*arguments: str, what: str = "submit", accelerator: str = "v6e-8") -
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("deaths", [3, pytest.param(20, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("deaths", [2, pytest.param(20, marks=pytest.mark.nightly)])
 def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: Cloud, deaths: int) -> None:
     cloud.set(hosts_per_slice=2, fates=["preempted:12", "ok"], unavailable_every=9, offered=["v4-16"])
     # Long enough that the last supervisor still has something to see.
@@ -142,6 +142,8 @@ def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: 
 def test_ctrl_c_lets_a_job_save_itself_and_run_begins_it_again(cloud: Cloud) -> None:
     given = ["tools/tpu.py", "run", JUDGE, f"root={PROJECT}", "--name=life", "--accelerator=v6e-8", "--zone=us-east5-b"]
     command = [sys.executable, *given, *FAST, "--env=STAND_IN_STEPS=30"]
+    # It does not crash this time.
+    storage.write_text(f"{PROJECT}/judge/crashed", "before")
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     checkpoints = f"{PROJECT}/judge/checkpoints"
     _when(lambda: storage.list_names(checkpoints))
@@ -175,7 +177,8 @@ def test_a_slice_that_nobody_watches_gives_itself_back(cloud: Cloud) -> None:
     _when(is_gone)
     assert JobFiles(PROJECT, "life").state().outcome is None
     code, _, errors = run_tool("tpu", "run", "--name=life", f"--root={PROJECT}")
-    assert code == 0 and "succeeded: every machine is done" in errors
+    assert code == 0, errors
+    assert JobFiles(PROJECT, "life").state().outcome == "succeeded"
     assert cloud.content["made"] == 1
 
 

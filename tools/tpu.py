@@ -113,12 +113,12 @@ def _with_recipe(what: str, arguments: argparse.Namespace, show: Any) -> dict[st
 
 
 def _ended(state: Any) -> dict[str, Any]:
-    found = {"outcome": state.outcome, "reason": state.reason, "chip_hours": state.chip_hours}
-    if state.exit_code:
-        from rae_xla.errors import StoppedError, UserError
+    from rae_xla.errors import PreemptedError, StoppedError, UserError
 
-        raise (UserError if state.exit_code == UserError.exit_code else StoppedError)(state.reason)
-    return found
+    errors = {error.exit_code: error for error in (StoppedError, UserError, PreemptedError)}
+    if state.exit_code:
+        raise errors[state.exit_code](state.reason)
+    return {"outcome": state.outcome, "reason": state.reason, "chip_hours": state.chip_hours}
 
 
 def _list(root: str, show: Any) -> dict[str, Any]:
