@@ -6,9 +6,11 @@ shapes of Google Cloud SDK 528 where they can be seen without an account. Time i
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -147,7 +149,14 @@ class FakeCloud:
 
 
 def main() -> None:
-    """As ``gcloud``: machines of slices that are ready run ``rae_xla.cloud.worker``, and die with them."""
+    """As ``gcloud``: machines of slices that are ready run ``rae_xla.cloud.worker``, and die with them.
+
+    Cloud goes on with what it was asked, whoever is killed while waiting for the answer: a process of its own does it.
+    """
+    child = os.fork()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    os.setsid()
     file = Path(os.environ["FAKE_CLOUD"])
     with file.open("r+") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX)
@@ -162,18 +171,22 @@ def main() -> None:
         opened.seek(0)
         opened.truncate()
         json.dump({**asdict(cloud), "machines": machines, "hosts_per_slice": hosts}, opened)
-    # After all is said: it may be one of them that asks.
     sys.stdout.write(output)
     sys.stderr.write(errors)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    # After all is said: it may be one of them that asks.
     for pid in ended:
         _kill(pid)
-    sys.exit(code)
+    os._exit(code)
 
 
 def _boot(name: str, index: int, row: dict[str, Any], directory: Path) -> int:
     """A machine: its worker, and a folder that is its disk."""
     home = directory / "machines" / f"{name}-w{index}"
+    # A slice that is made again by its name has new machines.
+    shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     given = dict(pair.split("=", 1) for pair in row["given"]["metadata"].split(","))
     command = [sys.executable, "-m", "rae_xla.cloud.worker", given["rae-xla-job"], home.name, "--home", str(home)]

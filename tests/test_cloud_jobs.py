@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -61,7 +62,9 @@ class Cloud:
     @property
     def content(self) -> dict[str, Any]:
         """Its state."""
-        return json.loads(self.file.read_text())
+        with self.file.open() as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH)
+            return json.load(opened)
 
     def asked(self, word: str) -> list[list[str]]:
         """Commands with this word."""
@@ -313,7 +316,7 @@ def test_status_logs_attach_list_of_a_job(cloud: Cloud) -> None:
     code, output, _ = run_tool("tpu", "list", f"--root={PROJECT}")
     assert code == 0 and output.startswith("life  1 x v6e-8  us-east5-b  attempt 1")
     code, _, errors = run_tool("tpu", "logs", "--name=life", f"--root={PROJECT}")
-    assert code == 2 and "nothing was written in attempt 1" in errors
+    assert code == 2 and "attempt 1 has written nothing yet" in errors
     code, _, errors = run_tool("tpu", "logs", "--name=life", f"--root={PROJECT}", "--worker=1")
     assert code == 2 and "--worker: 1: the job has machines 0 to 0" in errors
     code, _, errors = run_tool("tpu", "attach", "--name=life", f"--root={PROJECT}")

@@ -49,7 +49,6 @@ def submit(order: Order, show: Show = None, *, ask: bool = True) -> JobFiles:
             show(line)
         return files
     check_cloud(prepared, gcloud)
-    check_bucket(prepared)
     prepared.make()
     if not ask:
         return files

@@ -192,7 +192,7 @@ def _environment(given: Sequence[str]) -> dict[str, str]:
 
 
 def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
-    """Whether Cloud will take it: somebody is logged in, the zone has such slices, and none of this name.
+    """Whether Cloud will take it: somebody is logged in, the zone has such slices, the bucket and the name are free.
 
     Raises:
         UserError: the first thing that is wrong; nothing was made.
@@ -200,23 +200,22 @@ def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
     spec = prepared.spec
     check_logged_in()
     try:
-        offered = names_of(gcloud.read("compute", "tpus", "accelerator-types", "list"), "type")
-        if spec.accelerator not in offered:
-            same = [name for name in offered if name.split("-")[0] == spec.accelerator.split("-")[0]]
-            raise UserError(
-                f"--accelerator: {spec.zone} has no {spec.accelerator}"
-                + (
-                    f"; it has {', '.join(same or offered)}"
-                    if offered
-                    else ", nor any other slice; take another --zone"
-                )
-            )
+        _check_offered(spec, names_of(gcloud.read("compute", "tpus", "accelerator-types", "list"), "type"))
+        check_bucket(prepared)
         left = slices_of(spec, gcloud)
     except GcloudError as error:
         raise UserError(f"{spec.project}, {spec.zone}: {error}") from error
     if left:
         names = ", ".join(spec.resource(one.generation) for one in left)
         raise UserError(f"--name: {spec.name}: there are slices of that name, {names}; give another")
+
+
+def _check_offered(spec: JobSpec, offered: list[str]) -> None:
+    if not offered:
+        raise UserError(f"--zone: {spec.zone} has no TPUs; take another")
+    if spec.accelerator not in offered:
+        same = [name for name in offered if name.split("-")[0] == spec.accelerator.split("-")[0]]
+        raise UserError(f"--accelerator: {spec.zone} has no {spec.accelerator}; it has {', '.join(same or offered)}")
 
 
 def check_bucket(prepared: Prepared) -> None:
