@@ -144,7 +144,7 @@ def test_a_job_lives_through_preemption_crash_and_its_supervisors_deaths(cloud: 
 
 def test_ctrl_c_lets_a_job_save_itself_and_run_begins_it_again(cloud: Cloud) -> None:
     given = ["tools/tpu.py", "run", JUDGE, f"root={PROJECT}", "--name=life", "--accelerator=v6e-8", "--zone=us-east5-b"]
-    command = [sys.executable, *given, *FAST, "--env=STAND_IN_STEPS=30"]
+    command = [sys.executable, *given, *FAST, "--env=STAND_IN_STEPS=80"]
     # It does not crash this time.
     storage.write_text(f"{PROJECT}/judge/crashed", "before")
     running = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
