@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import photos
 import pytest
@@ -120,3 +121,20 @@ def bucket(monkeypatch: pytest.MonkeyPatch, rows: photos.Rows) -> Iterator[Fault
         )
         assert code == 0, errors
         yield proxy
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """``gs://images``, empty."""
+    with faulty_bucket(monkeypatch) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, store: FaultyProxy) -> Iterator[Any]:
+    """A `cloud_machines.Cloud`."""
+    from cloud_machines import Cloud
+
+    made = Cloud(tmp_path, monkeypatch)
+    yield made
+    made.end()

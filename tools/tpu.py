@@ -66,14 +66,9 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         for piece in commands.logs(files, arguments.worker, arguments.attempt, follow=arguments.follow):
             commands.write(piece)
         return {}
-    if show is not None:
-        from rae_xla.cloud.watching import slices_of
-
-        spec = files.spec()
-        slices_of(spec, commands.gcloud_of(spec, show))
-        return {}
-    found = commands.status(files)
-    print("\n".join(commands.as_lines(found)))
+    found = commands.status(files, show)
+    if found:
+        print("\n".join(commands.as_lines(found)))
     return found
 
 

@@ -15,10 +15,10 @@ from typing import Any
 from rae_xla import storage
 from rae_xla.cloud.deciding import chip_hours, going_on
 from rae_xla.cloud.gcloud import INSTALL, Gcloud, GcloudError
-from rae_xla.cloud.job import JOBS, WATCH, JobFiles, JobSpec, State
+from rae_xla.cloud.job import JOBS, SPEC, STOP, WATCH, JobFiles, JobSpec, State
 from rae_xla.cloud.jobset import jobset
 from rae_xla.cloud.queued import create_slice, delete_slice
-from rae_xla.cloud.submitting import Order, check_bucket, check_cloud, prepare, shown
+from rae_xla.cloud.submitting import Order, check_bucket, check_cloud, prepare, show_submitting
 from rae_xla.cloud.supervisor import Supervisor, WatchedError, as_text, request_stop
 from rae_xla.cloud.watching import Seen, look, slices_of
 from rae_xla.errors import UserError
@@ -45,8 +45,7 @@ def submit(order: Order, show: Show = None, *, ask: bool = True) -> JobFiles:
     files, spec = prepared.files, prepared.spec
     gcloud = gcloud_of(spec)
     if show is not None:
-        for line in shown(prepared, gcloud):
-            show(line)
+        show_submitting(prepared, show)
         return files
     check_cloud(prepared, gcloud)
     prepared.make()
@@ -86,8 +85,8 @@ def watch(files: JobFiles, show: Show = None, *, again: bool = False) -> State:
     state = supervisor.run()
     if ended is None or not again:
         return state
-    if files.read("stop.json") is not None:
-        storage.remove(files.path("stop.json"))
+    if files.read(STOP) is not None:
+        storage.remove(files.path(STOP))
     files.write_state(going_on(state, time.time()))
     return supervisor.run()
 
@@ -107,7 +106,7 @@ def stop(files: JobFiles, *, at_once: bool, show: Show = None) -> State:
     spec, state = files.spec(), files.state()
     if show is not None:
         gcloud = gcloud_of(spec, show)
-        show(f"write {files.path('stop.json')}")
+        show(f"write {files.path(STOP)}")
         slices_of(spec, gcloud)
         delete_slice(spec, state.generation, gcloud)
         return state
@@ -134,14 +133,17 @@ def clean(files: JobFiles, *, show: Show = None) -> None:
     logger.info("%s is removed", files.directory)
 
 
-def status(files: JobFiles) -> dict[str, Any]:
+def status(files: JobFiles, show: Show = None) -> dict[str, Any]:
     """Where a job stands, its slices and machines."""
     spec, state = files.spec(), files.state()
+    if show is not None:
+        slices_of(spec, gcloud_of(spec, show))
+        return {}
     now = time.time()
     seen = look(files, spec, state, gcloud_of(spec), now)
     return {
         "name": spec.name,
-        "slices": f"{spec.num_slices} x {spec.accelerator}" if spec.num_slices > 1 else spec.accelerator,
+        "slices": spec.topology.name,
         "zone": spec.zone,
         "stands": _stands(state, seen),
         "watched": _watched(files, now),
@@ -200,9 +202,7 @@ def logs(files: JobFiles, worker: int, attempt: int | None, *, follow: bool) -> 
         UserError: no such machine, or nothing was written yet.
     """
     spec, state = files.spec(), files.state()
-    names = spec.workers(state.generation)
-    if not 0 <= worker < len(names):
-        raise UserError(f"--worker: {worker}: the job has machines 0 to {len(names) - 1}")
+    _check_worker(spec, worker)
     chosen = state.attempt if attempt is None else attempt
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     told: set[str] = set()
@@ -228,6 +228,12 @@ def logs(files: JobFiles, worker: int, attempt: int | None, *, follow: bool) -> 
         time.sleep(spec.limits.look_seconds)
 
 
+def _check_worker(spec: JobSpec, worker: int) -> None:
+    number = spec.num_slices * spec.topology.hosts_per_slice
+    if not 0 <= worker < number:
+        raise UserError(f"--worker: {worker}: the job has machines 0 to {number - 1}")
+
+
 def _directory_of(files: JobFiles, spec: JobSpec, state: State, worker: int, attempt: int) -> str | None:
     """Of an attempt on a machine: slices come and go, an attempt is on one of them."""
     for generation in range(state.generation, 0, -1):
@@ -240,9 +246,7 @@ def _directory_of(files: JobFiles, spec: JobSpec, state: State, worker: int, att
 def attach(files: JobFiles, worker: int, show: Show = None) -> int:
     """A shell on a machine, by gcloud's ssh; its exit code."""
     spec, state = files.spec(), files.state()
-    names = spec.workers(state.generation)
-    if not 0 <= worker < len(names):
-        raise UserError(f"--worker: {worker}: the job has machines 0 to {len(names) - 1}")
+    _check_worker(spec, worker)
     node, index = divmod(worker, spec.topology.hosts_per_slice)
     command = [
         *("gcloud", "compute", "tpus", "tpu-vm", "ssh", spec.nodes(state.generation)[node]),
@@ -268,13 +272,13 @@ def jobs(root: str) -> list[dict[str, Any]]:
     found = []
     for name in storage.list_names(storage.join(root, JOBS)):
         files = JobFiles(root, name)
-        if files.read("job.json") is None:
+        if files.read(SPEC) is None:
             continue
         spec, state = files.spec(), files.state()
         found.append(
             {
                 "name": name,
-                "slices": f"{spec.num_slices} x {spec.accelerator}",
+                "slices": spec.topology.name,
                 "zone": spec.zone,
                 "outcome": state.outcome or f"attempt {state.attempt}",
                 "created": as_text(spec.created),

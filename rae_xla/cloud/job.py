@@ -25,7 +25,7 @@ from rae_xla.topologies import Topology, topology
 # Names of nodes have 63 characters at most; ours add the generation and the slice.
 LONGEST_NAME = 50
 JOBS, CODE = "jobs", "code"
-RECIPE, WATCH = "recipe.yaml", "supervisor.json"
+SPEC, RECIPE, STATE, STOP, WATCH = "job.json", "recipe.yaml", "state.json", "stop.json", "supervisor.json"
 Outcome = Literal["succeeded", "failed", "stopped"]
 
 
@@ -103,6 +103,11 @@ class JobSpec(Config):
         prefix = f"{self.num_slices}x" if self.num_slices > 1 else ""
         return topology(prefix + self.accelerator, "--accelerator")
 
+    def command(self, recipe: str) -> list[str]:
+        """Arguments of Python for an attempt: the inputs are looked for, and then the tool takes the chips."""
+        arguments = [recipe if argument == "{recipe}" else argument for argument in self.arguments]
+        return ["-m", "rae_xla.cloud.checked", recipe, *arguments]
+
     def resource(self, generation: int) -> str:
         """The name of the queued resource; a slice that was taken away is asked for again by another one."""
         return f"{self.name}-g{generation}"
@@ -120,15 +125,11 @@ class JobSpec(Config):
     def workers(self, generation: int) -> list[str]:
         """The names of its machines, in order."""
         return [
-            worker_name(node, index)
+            # As ``start.sh`` makes it of a machine's metadata.
+            f"{node}-w{index}"
             for node in self.nodes(generation)
             for index in range(self.topology.hosts_per_slice)
         ]
-
-
-def worker_name(node: str, index: int | str) -> str:
-    """Of a machine of a slice; what ``start.sh`` makes of its metadata."""
-    return f"{node}-w{index}"
 
 
 class Event(Config):
@@ -199,19 +200,19 @@ class JobFiles:
 
     def spec(self) -> JobSpec:
         """Raises a `UserError` if there is no such job."""
-        content = self.read("job.json")
+        content = self.read(SPEC)
         if content is None:
             raise UserError(f"{self.name}: no such job in {self.root}; tools/tpu.py list shows them")
         return JobSpec.model_validate(content)
 
     def state(self) -> State:
         """Where it stands; the first state until there is one."""
-        content = self.read("state.json")
+        content = self.read(STATE)
         return State() if content is None else State.model_validate(content)
 
     def write_state(self, state: State) -> None:
         """Whole or not at all."""
-        storage.write_json(self.path("state.json"), state.model_dump(mode="json"))
+        storage.write_json(self.path(STATE), state.model_dump(mode="json"))
 
     def worker(self, worker: str, *names: str) -> str:
         """Of a file of a machine's."""

@@ -76,7 +76,8 @@ def _job(files: JobFiles, spec: JobSpec, image: str, service_account: str | None
             {
                 "name": "worker",
                 "image": image,
-                "command": ["bash", "-c", START.read_text(), START.name, *_command(spec)],
+                # Which fetches the recipe beside the code and runs the command in it.
+                "command": ["bash", "-c", START.read_text(), START.name, *map(_verbatim, spec.command(RECIPE))],
                 "env": [
                     {"name": name, "value": _verbatim(value)}
                     for name, value in {**spec.environment, **_about(files, spec)}.items()
@@ -106,12 +107,6 @@ def _job(files: JobFiles, spec: JobSpec, image: str, service_account: str | None
 def _verbatim(value: str) -> str:
     """Kubernetes puts variables in for ``$(NAME)``."""
     return value.replace("$(", "$$(")
-
-
-def _command(spec: JobSpec) -> list[str]:
-    """For ``start.sh``, which fetches the recipe beside the code and runs this in it."""
-    arguments = [RECIPE if argument == "{recipe}" else argument for argument in spec.arguments]
-    return [_verbatim(one) for one in ("-m", "rae_xla.cloud.checked", RECIPE, *arguments)]
 
 
 def _about(files: JobFiles, spec: JobSpec) -> dict[str, str]:

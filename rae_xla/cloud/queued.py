@@ -1,8 +1,9 @@
-"""What is asked of Cloud for a job: its slices made and deleted."""
+"""What is asked of Cloud for a job: its slices made, listed, described and deleted."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rae_xla.cloud.gcloud import Gcloud, GcloudError, flag, one_of_each
 from rae_xla.cloud.job import JobFiles, JobSpec
@@ -50,6 +51,22 @@ def create_arguments(files: JobFiles, spec: JobSpec, generation: int) -> list[st
         flag("metadata-from-file", {"startup-script": str(START)}),
         "--async",
     ]
+
+
+def listed_slices(gcloud: Gcloud) -> list[dict[str, Any]]:
+    """The zone's queued resources, of all jobs; raises GcloudError."""
+    return gcloud.read(*_QUEUED, "list") or []
+
+
+def described_slice(spec: JobSpec, generation: int, gcloud: Gcloud) -> dict[str, Any] | None:
+    """One, asked for by its name; ``None`` if it is not there. Raises GcloudError if nobody can say."""
+    try:
+        found: dict[str, Any] = gcloud.read(*_QUEUED, "describe", spec.resource(generation))
+    except GcloudError as error:
+        if error.kind != "not_found":
+            raise
+        return None
+    return found
 
 
 def delete_slice(spec: JobSpec, generation: int, gcloud: Gcloud) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 from rae_xla import storage
 from rae_xla.cloud import package
 from rae_xla.cloud.gcloud import Gcloud, GcloudError, check_logged_in, configured, names_of
-from rae_xla.cloud.job import JobFiles, JobSpec, Limits, check_name
-from rae_xla.cloud.queued import RUNTIME_VERSIONS, create_arguments
+from rae_xla.cloud.job import RECIPE, SPEC, JobFiles, JobSpec, Limits, check_name
+from rae_xla.cloud.queued import RUNTIME_VERSIONS, create_slice
 from rae_xla.cloud.watching import slices_of
 from rae_xla.errors import UserError
 from rae_xla.topologies import Topology, topology
@@ -44,6 +44,9 @@ TOOLS = {
     "encode-latents": Tool("encode_latents", ("diffusion",), False, out=True),
     "reference-stats": Tool("reference_stats", ("evaluation",), False, out=True),
 }
+# In gcloud's configuration.
+_WHERE = {"project": "project", "zone": "compute/zone"}
+_OFFERED = ("compute", "tpus", "accelerator-types", "list")
 # What must not lie in a bucket in plain text.
 SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 
@@ -82,10 +85,10 @@ class Prepared:
         if not storage.exists(self.spec.package):
             storage.write_bytes(self.spec.package, self.content)
         save_recipe(self.recipe, self.files.directory)
-        storage.write_json(self.files.path("job.json"), self.spec.model_dump(mode="json"))
+        storage.write_json(self.files.path(SPEC), self.spec.model_dump(mode="json"))
 
 
-def prepare(order: Order, *, configuration: Callable[[str], str | None] = configured) -> Prepared:
+def prepare(order: Order) -> Prepared:
     """The job, from what can be known here.
 
     Raises:
@@ -106,7 +109,7 @@ def prepare(order: Order, *, configuration: Callable[[str], str | None] = config
     recipe = load_recipe(order.recipe, overrides, *tool.tasks)
     _check_in_bucket(recipe, tool, order.tool_arguments)
     cloud = recipe.cloud.model_copy(update={key: value for key, value in order.cloud.items() if value is not None})
-    where = {key: getattr(cloud, key) or configuration(name) for key, name in WHERE.items()}
+    where = {key: getattr(cloud, key) or configured(name) for key, name in _WHERE.items()}
     for key, value in where.items():
         if value is None:
             raise UserError(
@@ -145,9 +148,6 @@ def prepare(order: Order, *, configuration: Callable[[str], str | None] = config
 def _slices(accelerator: str, num_slices: int) -> Topology:
     one = topology(accelerator, "--accelerator")
     return one if num_slices == 1 else topology(f"{num_slices}x{accelerator}", "--num-slices")
-
-
-WHERE = {"project": "project", "zone": "compute/zone"}
 
 
 def _check_in_bucket(recipe: Any, tool: Tool, arguments: Sequence[str]) -> None:
@@ -200,7 +200,7 @@ def check_cloud(prepared: Prepared, gcloud: Gcloud) -> None:
     spec = prepared.spec
     check_logged_in()
     try:
-        _check_offered(spec, names_of(gcloud.read("compute", "tpus", "accelerator-types", "list"), "type"))
+        _check_offered(spec, names_of(gcloud.read(*_OFFERED), "type"))
         check_bucket(prepared)
         left = slices_of(spec, gcloud)
     except GcloudError as error:
@@ -227,7 +227,7 @@ def check_bucket(prepared: Prepared) -> None:
     from rae_xla.recipe import check_inputs
 
     files, spec = prepared.files, prepared.spec
-    if files.read("job.json") is not None:
+    if files.read(SPEC) is not None:
         raise UserError(
             f"--name: {spec.name} is taken by a job in {files.root}; give another, or end and remove that one: "
             f"tools/tpu.py clean --name {spec.name} --root {files.root}"
@@ -242,15 +242,13 @@ def check_bucket(prepared: Prepared) -> None:
     check_inputs(prepared.recipe)
 
 
-def shown(prepared: Prepared, gcloud: Gcloud) -> list[str]:
-    """What submitting would do, in order."""
+def show_submitting(prepared: Prepared, show: Callable[[str], None]) -> None:
+    """Say what submitting would do, in order."""
     files, spec = prepared.files, prepared.spec
-    lines: list[str] = []
-    dry = Gcloud(gcloud.project, gcloud.zone, lines.append)
-    dry.read("compute", "tpus", "accelerator-types", "list")
-    dry.read("compute", "tpus", "queued-resources", "list")
-    lines.append(f"write {spec.package} ({len(prepared.content) / 2**20:.1f} MiB)")
-    lines.append(f"write {files.path('recipe.yaml')}")
-    lines.append(f"write {files.path('job.json')}: {json.dumps(spec.model_dump(mode='json'))}")
-    dry.run(*create_arguments(files, spec, 1))
-    return lines
+    gcloud = Gcloud(spec.project, spec.zone, show)
+    gcloud.read(*_OFFERED)
+    slices_of(spec, gcloud)
+    show(f"write {spec.package} ({len(prepared.content) / 2**20:.1f} MiB)")
+    show(f"write {files.path(RECIPE)}")
+    show(f"write {files.path(SPEC)}: {json.dumps(spec.model_dump(mode='json'))}")
+    create_slice(files, spec, 1, gcloud)

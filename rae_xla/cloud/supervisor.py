@@ -18,7 +18,7 @@ from typing import Any
 from rae_xla import storage
 from rae_xla.cloud.deciding import Decision, decide, refused_slice
 from rae_xla.cloud.gcloud import Gcloud, GcloudError
-from rae_xla.cloud.job import WATCH, JobFiles, JobSpec, State
+from rae_xla.cloud.job import STOP, WATCH, JobFiles, JobSpec, State
 from rae_xla.cloud.queued import create_slice, delete_slice
 from rae_xla.cloud.watching import look
 from rae_xla.errors import UserError, first_line
@@ -151,7 +151,7 @@ class Supervisor:
 
 def request_stop(files: JobFiles) -> None:
     """Let a job end: its machines save themselves, and whoever watches gives its slices back."""
-    storage.write_json(files.path("stop.json"), {"time": time.time()})
+    storage.write_json(files.path(STOP), {"time": time.time()})
 
 
 def as_text(seconds: float) -> str:

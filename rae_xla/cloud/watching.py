@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rae_xla import storage
-from rae_xla.cloud.gcloud import Gcloud, GcloudError, names_of
-from rae_xla.cloud.job import JobFiles, JobSpec, State
+from rae_xla.cloud.gcloud import Gcloud, names_of
+from rae_xla.cloud.job import STOP, JobFiles, JobSpec, State
+from rae_xla.cloud.queued import described_slice, listed_slices
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,21 @@ def look(files: JobFiles, spec: JobSpec, state: State, gcloud: Gcloud, now: floa
     """Raises GcloudError and StoppedError where nobody can say."""
     slices = slices_of(spec, gcloud)
     if state.generation not in [one.generation for one in slices]:
-        slices += [found for one in _last_known(state, slices) for found in _asked_by_name(spec, one, gcloud)]
+        # A list may come without what could not be reached; only who is asked for by name and not found is gone.
+        asked = {generation: described_slice(spec, generation, gcloud) for generation in _last_known(state, slices)}
+        slices += [_slice(generation, row) for generation, row in asked.items() if row is not None]
     return Seen(
         now=now,
         slices=tuple(slices),
         machines=tuple(machines_of(files, spec, state)),
-        stop=files.read("stop.json") is not None,
+        stop=files.read(STOP) is not None,
         progress=newest_checkpoint(spec),
     )
 
 
 def slices_of(spec: JobSpec, gcloud: Gcloud) -> list[Slice]:
     """The job's, of all generations that there still are."""
-    rows = gcloud.read("compute", "tpus", "queued-resources", "list") or []
+    rows = listed_slices(gcloud)
     found = []
     for row, name in zip(rows, names_of(rows), strict=True):
         generation = spec.generation(name)
@@ -86,17 +89,6 @@ def _last_known(state: State, slices: list[Slice]) -> list[int]:
     present = [state.generation] if state.seen_active is not None or state.outcome is not None else []
     before = [state.generation - 1] if state.generation > 1 else []
     return [one for one in (*before, *present) if one not in [row.generation for row in slices]]
-
-
-def _asked_by_name(spec: JobSpec, generation: int, gcloud: Gcloud) -> list[Slice]:
-    """A list may come without what could not be reached; only who is asked for by name and not found is gone."""
-    try:
-        row = gcloud.read("compute", "tpus", "queued-resources", "describe", spec.resource(generation))
-    except GcloudError as error:
-        if error.kind != "not_found":
-            raise
-        return []
-    return [_slice(generation, row)]
 
 
 def _slice(generation: int, row: dict[str, Any]) -> Slice:

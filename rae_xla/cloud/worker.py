@@ -213,7 +213,7 @@ class Worker:
             end_leftovers(self._home)
             attempt.tell_end()
             return
-        command = command_of(spec, str(self._home / RECIPE))
+        command = [sys.executable, *spec.command(str(self._home / RECIPE))]
         logger.info("attempt %d: %s", number, shlex.join(command))
         attempt.start(command, spec.environment)
 
@@ -243,12 +243,6 @@ class Worker:
             "running": attempt is not None and attempt.is_running,
             "last_output": None if attempt is None else attempt.last_output,
         }
-
-
-def command_of(spec: JobSpec, recipe: str) -> list[str]:
-    """The process of an attempt: what it reads is looked for first, and then its tool takes the chips."""
-    arguments = [recipe if argument == "{recipe}" else argument for argument in spec.arguments]
-    return [sys.executable, "-m", "rae_xla.cloud.checked", recipe, *arguments]
 
 
 def main() -> None:
