@@ -208,7 +208,9 @@ def _kill(pid: int) -> None:
     try:
         worker = psutil.Process(pid)
         for process in [*worker.children(recursive=True), worker]:
-            process.kill()
+            # A worker may have asked for its own end.
+            if process.pid != os.getpid():
+                process.kill()
     except psutil.NoSuchProcess:
         pass
 

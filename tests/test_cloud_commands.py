@@ -86,6 +86,7 @@ def test_the_real_gcloud_understands_it(expected: list[str], tmp_path: Path) -> 
         (["root=work"], "say root=gs://"),
         (["run_dir=/tmp/x"], "run_dir: /tmp/x is on this machine"),
         (["mesh.fsdp=3"], "v6e-8 has 8 chips"),
+        (["mesh.slices=2"], "give --num-slices 2"),
         (["--env=WANDB_API_KEY=x"], "looks like a secret"),
         (["--env=x"], "written NAME=VALUE"),
         (["--tool=sample"], "task"),
@@ -154,6 +155,9 @@ def test_status_logs_attach_list_of_a_job(cloud: Cloud) -> None:
         assert code == 0 and output, errors
         assert len(cloud.content["asked"]) == asked
     assert JobFiles(PROJECT, "life").state().outcome is None
+    # What was asked for is done.
+    assert run_tool("tpu", "stop", "--name=life", f"--root={PROJECT}", "--now")[0] == 0
+    assert JobFiles(PROJECT, "life").state().outcome == "stopped" and cloud.content["slices"] == {}
 
 
 def test_the_manifest_is_a_jobset(cloud: Cloud) -> None:

@@ -12,7 +12,7 @@ run waits for capacity, starts the tool on every machine, tells preemption, cras
 slice again that was taken away, goes on from the newest checkpoint, and gives everything back at the end. It may be
 killed and started anywhere else. Ctrl-C lets the job save itself and gives its slices back; again, at once.
 stop does the same from elsewhere (--now: at once); clean ends a job at once and removes its folder. What its tool wrote
-stays. A job that was stopped exits with 75, one that failed with 1, or 2 for what Cloud or its tool refused.
+stays. run exits with 75 for a job that was stopped, 1 for one that failed, or 2 for what Cloud or its tool refused.
 
 A job runs tools/train.py, or with --tool another one; what follows -- is its own:
   tpu.py run recipes/released/imagenet256.yaml --name s50k --tool sample --accelerator v6e-8 --zone Z
@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
     if what == "run":
         return _ended(commands.watch(files, show, again=arguments.again))
     if what == "stop":
-        return _ended(commands.stop(files, at_once=arguments.now, show=show))
+        return _told(commands.stop(files, at_once=arguments.now, show=show))
     if what == "clean":
         commands.clean(files, show=show)
         return {"cleaned": arguments.name}
@@ -113,6 +113,10 @@ def _ended(state: Any) -> dict[str, Any]:
     errors = {error.exit_code: error for error in (StoppedError, UserError, PreemptedError)}
     if state.exit_code:
         raise errors[state.exit_code](state.reason)
+    return _told(state)
+
+
+def _told(state: Any) -> dict[str, Any]:
     return {"outcome": state.outcome, "reason": state.reason, "chip_hours": state.chip_hours}
 
 

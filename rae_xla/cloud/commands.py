@@ -75,7 +75,7 @@ def manifest(
 
 
 def watch(files: JobFiles, show: Show = None, *, again: bool = False) -> State:
-    """Supervise a job to its end. One that has ended is wound up, and begun ``again`` if that is asked for."""
+    """Supervise a job to its end. One that has ended is wound up; if it did not succeed, it may be begun ``again``."""
     spec, state = files.spec(), files.state()
     if show is not None:
         _show_watching(files, spec, state, show)
@@ -84,6 +84,9 @@ def watch(files: JobFiles, show: Show = None, *, again: bool = False) -> State:
     ended = state.outcome
     state = supervisor.run()
     if ended is None or not again:
+        return state
+    if ended == "succeeded":
+        logger.info("%s has succeeded, and is not begun again", spec.name)
         return state
     if files.read(STOP) is not None:
         storage.remove(files.path(STOP))

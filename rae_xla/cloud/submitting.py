@@ -173,6 +173,9 @@ def _check_fits(recipe: Any, tool: Tool, name: str, slices: Topology) -> None:
         raise UserError(
             f"--accelerator: {slices.name} has {hosts} machines, and {name} runs on one; take v6e-8 or less"
         )
+    if recipe.mesh.slices != slices.num_slices:
+        # The other way round the order is laid over the recipe.
+        raise UserError(f"mesh.slices: the recipe says {recipe.mesh.slices}; give --num-slices {recipe.mesh.slices}")
     try:
         recipe.mesh.shape_for(slices.num_chips)
     except UserError as error:
