@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from rae_xla.config import NamedSizes
 from rae_xla.models.blocks import Blocks
-from rae_xla.models.layers import Attention, LayerNorm, check_heads, init_linear, sincos_positions
+from rae_xla.models.layers import Attention, LayerNorm, Linear, check_heads, init_linear, sincos_positions
 
 LAYER_NORM_EPS = 1e-12
 
@@ -58,8 +58,8 @@ class DecoderBlock(nn.Module):
         self.norm1 = LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.attention = Attention(config.width, config.num_heads)
         self.norm2 = LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.hidden = nn.Linear(config.width, config.mlp_width)
-        self.output = nn.Linear(config.mlp_width, config.width)
+        self.hidden = Linear(config.width, config.mlp_width)
+        self.output = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, D]."""

@@ -16,10 +16,10 @@ from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
     ModulatedOutput,
+    Rotary,
     TimeEmbedder,
     check_heads,
     init_linear,
-    rotary_angles,
     sincos_positions,
 )
 
@@ -62,7 +62,6 @@ class DiT(nn.Module):
     """Predicts the velocity of flow matching, eps - x, from a noisy latent, its time and its label."""
 
     positions: Tensor
-    rotary: Tensor
 
     def __init__(self, config: DiTConfig, *, channels: int, grid: int, num_classes: int) -> None:
         super().__init__()
@@ -72,7 +71,7 @@ class DiT(nn.Module):
         self.label_embedder = LabelEmbedder(num_classes, config.width)
         self.input = nn.Linear(channels, config.width)
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
-        self.register_buffer("rotary", rotary_angles(config.width // config.num_heads, grid), persistent=False)
+        self.rotary = Rotary(config.width // config.num_heads, grid)
         self.blocks = Blocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
         self.output = ModulatedOutput(config.width, channels)
 
@@ -93,5 +92,5 @@ class DiT(nn.Module):
         tokens = x.to(self.input.weight.dtype).flatten(2).transpose(1, 2)  # [B, N, C]
         condition = (self.time_embedder(t) + self.label_embedder(labels))[:, None]  # [B, 1, D]
         z = self.input(tokens) + self.positions.to(tokens.dtype)
-        z = self.blocks(z, condition, self.rotary)
+        z = self.blocks(z, condition, *self.rotary.tables())
         return self.output(z, condition).float().transpose(1, 2).unflatten(2, x.shape[2:])

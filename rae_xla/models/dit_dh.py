@@ -21,10 +21,10 @@ from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
     ModulatedOutput,
+    Rotary,
     TimeEmbedder,
     check_heads,
     init_linear,
-    rotary_angles,
     sincos_positions,
 )
 
@@ -58,8 +58,6 @@ class DiTDH(nn.Module):
     """Predicts the velocity of flow matching, eps - x, from a noisy latent, its time and its label."""
 
     positions: Tensor
-    backbone_rotary: Tensor
-    head_rotary: Tensor
 
     def __init__(self, config: DiTDHConfig, *, channels: int, grid: int, num_classes: int) -> None:
         super().__init__()
@@ -69,14 +67,12 @@ class DiTDH(nn.Module):
         self.label_embedder = LabelEmbedder(num_classes, config.width)
         self.backbone_input = nn.Linear(channels, config.width)
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
-        angles = rotary_angles(config.width // config.num_heads, grid)
-        self.register_buffer("backbone_rotary", angles, persistent=False)
+        self.backbone_rotary = Rotary(config.width // config.num_heads, grid)
         self.backbone = Blocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
         same_width = config.width == config.head_width
         self.condition = nn.Identity() if same_width else nn.Linear(config.width, config.head_width)
         self.head_input = nn.Linear(channels, config.head_width)
-        angles = rotary_angles(config.head_width // config.head_num_heads, grid)
-        self.register_buffer("head_rotary", angles, persistent=False)
+        self.head_rotary = Rotary(config.head_width // config.head_num_heads, grid)
         self.head = Blocks(ModulatedBlock(config.head_width, config.head_num_heads) for _ in range(config.head_depth))
         self.output = ModulatedOutput(config.head_width, channels)
 
@@ -100,7 +96,7 @@ class DiTDH(nn.Module):
         time = self.time_embedder(t)[:, None]  # [B, 1, D]
         condition = functional.silu(time + self.label_embedder(labels)[:, None])
         z = self.backbone_input(tokens) + self.positions.to(tokens.dtype)
-        z = self.backbone(z, condition, self.backbone_rotary)
+        z = self.backbone(z, condition, *self.backbone_rotary.tables())
         condition = self.condition(functional.silu(time + z))  # [B, N, E]
-        y = self.head(self.head_input(tokens), condition, self.head_rotary)
+        y = self.head(self.head_input(tokens), condition, *self.head_rotary.tables())
         return self.output(y, condition).float().transpose(1, 2).unflatten(2, x.shape[2:])

@@ -106,8 +106,8 @@ def layout_of(model: DiT | DiTDH | Decoder) -> Layout:
     if isinstance(model, Decoder):
         return Layout(kind="decoder", grid=grid)
     if isinstance(model, DiT):
-        return Layout(kind="dit", grid=grid, head_widths=(model.rotary.shape[2],))
-    head_widths = (model.backbone_rotary.shape[2], model.head_rotary.shape[2])
+        return Layout(kind="dit", grid=grid, head_widths=(model.rotary.head_width,))
+    head_widths = (model.backbone_rotary.head_width, model.head_rotary.head_width)
     return Layout(kind="dit_dh", grid=grid, head_widths=head_widths)
 
 
