@@ -8,7 +8,7 @@ A tree is a nested dict, list or tuple of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -155,12 +155,12 @@ class TracedArgument:
 class TracedProgram(BaseException):
     """Raised by a step of the ``tracing`` runtime in place of running: nothing that catches errors is to catch it.
 
-    ``num_images``: rows of the batch, on all devices together. ``mesh``: sizes of data and fsdp. ``arguments``: in the
-    order of the program's.
+    ``num_images``: rows of the batch, on all devices together. ``mesh``: device numbers by data and fsdp.
+    ``arguments``: in the order of the program's.
     """
 
     def __init__(
-        self, name: str, num_images: int, mesh: tuple[int, int], hlo: bytes, arguments: list[TracedArgument]
+        self, name: str, num_images: int, mesh: list[list[int]], hlo: bytes, arguments: list[TracedArgument]
     ) -> None:
         super().__init__(name)
         self.name = name
@@ -183,12 +183,12 @@ def create(
     name: Literal["xla", "eager", "tracing", "counting"],
     mesh: MeshConfig,
     precision: Precision,
-    num_devices: int | None = None,
+    grid: Sequence[int] | None = None,
 ) -> Runtime:
     """The runtime of this name, on all devices of this machine or slice.
 
     Two run nothing: ``tracing`` has the programs of ``xla``, see `TracedProgram`, ``counting`` those of ``eager``, see
-    `CountedProgram`. ``num_devices``: that ``tracing`` traces for.
+    `CountedProgram`. ``grid``: chips along each axis of the slice that ``tracing`` traces for.
 
     Raises:
         UserError: the mesh does not fit the devices, or torch_xla is not installed.
@@ -206,8 +206,8 @@ def create(
     except ImportError as error:
         raise UserError(f"runtime: xla needs torch_xla ({error}); install it or say runtime=eager") from error
     if name == "tracing":
-        assert num_devices is not None
-        return TracingRuntime(mesh, precision, num_devices)
+        assert grid is not None
+        return TracingRuntime(mesh, precision, grid)
     return XLARuntime(mesh, precision)
 
 

@@ -8,6 +8,7 @@ needs them whole.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,12 +72,33 @@ class MeshConfig(Config):
         return data, self.fsdp
 
 
+def devices_in_groups(grid: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
+    """Device numbers [data, fsdp], counted along a slice's ``grid`` of chips, its first axis fastest.
+
+    Those of an ``fsdp`` group lie as close as the grid admits: a block of chips gathers over the links of several axes
+    at once, a row of as many over those of one.
+    """
+    count, size = math.prod(grid), shape[1]
+    sides = [[side for side in range(1, length + 1) if length % side == 0] for length in grid]
+    blocks = [block for block in itertools.product(*sides) if math.prod(block) == size]
+    if not blocks:
+        return np.arange(count).reshape(shape)
+    block = min(blocks, key=lambda block: (max(block), block))
+    split = [part for length, side in zip(grid[::-1], block[::-1], strict=True) for part in (length // side, side)]
+    axes = [*range(0, len(split), 2), *range(1, len(split), 2)]
+    return np.arange(count).reshape(split).transpose(axes).reshape(shape)
+
+
 @dataclass(frozen=True)
 class Sharding:
-    """The partitions that a mesh of this (data, fsdp) shape and these rules give."""
+    """The partitions that a mesh of this (data, fsdp) shape and these rules give.
+
+    ``devices``: which ones, row by row of the mesh; as they are counted if nothing is said.
+    """
 
     shape: tuple[int, int]
     rules: Sequence[tuple[str, tuple[Axis | None, ...]]] = ()
+    devices: tuple[int, ...] | None = None
 
     def batch(self, num_dims: int) -> Partition:
         """Of a batch: its first dimension over all devices."""
@@ -146,7 +168,8 @@ class Sharding:
         whole = [axis for axis in range(len(AXES)) if axis not in split]
         copies = math.prod(self.shape[axis] for axis in whole)
         tiles = [self.parts((entry,)) for entry in partition] + ([copies] if copies > 1 else [])
-        devices = np.arange(math.prod(self.shape)).reshape(self.shape).transpose(split + whole).flatten()
+        numbers = range(math.prod(self.shape)) if self.devices is None else self.devices
+        devices = np.array(numbers).reshape(self.shape).transpose(split + whole).flatten()
         dims, order = ",".join(map(str, tiles)), ",".join(map(str, devices))
         return f"{{devices=[{dims}]{order}{' last_tile_dim_replicate' if copies > 1 else ''}}}"
 

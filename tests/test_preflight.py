@@ -301,7 +301,7 @@ ENTRY %main (a: f32[8,64]) -> f32[8,64] {
 
 def test_each_kind_of_transfer_is_counted_with_its_bytes() -> None:
     coordinates = [[x, y, 0] for y in range(4) for x in range(2)] * 2
-    found = Estimator(Module(SLICES), topology("2xv6e-8"), coordinates, (2, 8)).estimate()
+    found = Estimator(Module(SLICES), topology("2xv6e-8"), coordinates, [[*range(8)], [*range(8, 16)]]).estimate()
     size = 4 * 8 * 64
     # Of its eight parts a chip keeps one, and sends seven on, or out.
     expected = {"reduce-scatter over fsdp 8": size * 7 // 8, "all-to-all over fsdp 8": size * 7 // 8}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_python, run_tool
@@ -16,7 +18,7 @@ from rae_xla.models.dit_dh import DiTDH, DiTDHConfig
 from rae_xla.models.functional import parameters_of
 from rae_xla.models.loading import on_meta
 from rae_xla.recipe import load_recipe
-from rae_xla.sharding import MeshConfig, Sharding, explained
+from rae_xla.sharding import MeshConfig, Sharding, devices_in_groups, explained
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.stored_index import StoredIndex
 from rae_xla.training.update import initial_state
@@ -43,6 +45,30 @@ def test_automatic_rule_splits_nearly_all_of_the_largest_model(shape: tuple[int,
         total += size.numel()
         held += size.numel() / sharding.parts(split)
     assert held / total < 1.3 / min(128, shape[0] * shape[1]) + 0.01
+
+
+@pytest.mark.parametrize(
+    ("grid", "shape", "sides"),
+    [
+        ((8, 8), (8, 8), (2, 4)),
+        ((16, 16), (16, 16), (4, 4)),
+        ((4, 4, 4), (8, 8), (2, 2, 2)),
+        ((2, 4), (1, 8), (2, 4)),
+        ((2, 4), (8, 1), (1, 1)),
+        ((8,), (2, 4), (4,)),
+    ],
+)
+def test_an_fsdp_group_is_a_block_of_chips(
+    grid: tuple[int, ...], shape: tuple[int, int], sides: tuple[int, ...]
+) -> None:
+    devices = devices_in_groups(grid, shape)
+    assert sorted(devices.flatten()) == list(range(math.prod(grid)))
+    # The first axis is counted fastest.
+    places = np.stack(np.unravel_index(devices, grid[::-1])[::-1])
+    assert (sides == np.ptp(places, axis=2).T + 1).all()
+    # And so it is in what a program is told.
+    told = Sharding(shape, devices=tuple(devices.flatten().tolist())).as_hlo(("fsdp",))
+    assert shape[1] == 1 or ",".join(map(str, devices.T.flatten())) in told
 
 
 def test_fsdp_never_makes_the_state_larger(largest: dict) -> None:

@@ -302,3 +302,9 @@ def test_fsdp_stays_within_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(devices.flatten()) == list(range(16)) and slices.tolist() == [[0] * 4] * 2 + [[1] * 4] * 2
     with pytest.raises(UserError, match="this job has 2 slices, the recipe says 1; say slices: 2"):
         Mesh(MeshConfig(fsdp=4))
+    # One slice of 4x4, counted y first: a group is a block of 2x2, whatever its chips' numbers are.
+    chips[:] = [{"name": f"TPU:{4 * x + y}", "coords": [x, y, 0], "slice_index": 0} for x in range(4) for y in range(4)]
+    groups = np.array(Mesh(MeshConfig(fsdp=4)).devices.device_ids).reshape(4, 4)
+    assert sorted(groups.flatten()) == list(range(16))
+    places = np.array([chip["coords"] for chip in chips])[groups]
+    assert (np.ptp(places, axis=1) == [1, 1, 0]).all()

@@ -6,7 +6,7 @@ neither; an estimate below the ideal would be wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,10 @@ CALIBRATIONS = {
 }
 
 
-def traced_calibration(name: str, num_chips: int) -> TracedProgram:
-    """The program for so many chips, each with the batch of one."""
+def traced_calibration(name: str, grid: Sequence[int]) -> TracedProgram:
+    """The program for so many chips along each axis of a slice, each with the batch of one."""
     calibration = CALIBRATIONS[name]
-    runtime = create("tracing", MeshConfig(), "bf16", num_chips)
+    runtime = create("tracing", MeshConfig(), "bf16", grid)
     return raised(TracedProgram, lambda: _start(calibration, runtime))
 
 

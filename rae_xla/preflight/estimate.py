@@ -53,13 +53,13 @@ class Estimate:
 
 
 class Estimator:
-    """Runs a module's schedule, every turn of every loop. ``mesh``: sizes of data and fsdp."""
+    """Runs a module's schedule, every turn of every loop. ``mesh``: device numbers by data and fsdp."""
 
-    def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]], mesh: tuple[int, int]) -> None:
+    def __init__(self, module: Module, topology: Topology, coordinates: list[list[int]], mesh: list[list[int]]) -> None:
         self._module = module
         self._chip = topology.chip
         self._links = Links(topology, coordinates)
-        self._mesh = mesh
+        self._mesh = [set(group) for group in mesh], [set(group) for group in zip(*mesh, strict=True)]
         self._found = Estimate()
         self._free_at: dict[Lane, float] = {"links": 0.0, "slices": 0.0, "memory": 0.0}
         self._core: dict[int, float] = {}
@@ -171,7 +171,7 @@ class Estimator:
         """Kind and axis, bytes that a chip sends, seconds."""
         kind = collective.opcode.removesuffix("-start")
         num_bytes = sum(array.bytes for name in collective.operands for array in computation.by_name[name].arrays)
-        groups = collective.groups or [list(range(self._mesh[0] * self._mesh[1]))]
+        groups = collective.groups or [sorted(set().union(*self._mesh[0]))]
         if kind == "collective-permute":
             return kind, num_bytes, self._links.permutation_seconds(num_bytes, groups)
         size = len(groups[0])
@@ -187,11 +187,11 @@ class Estimator:
         return label, round(sent * (size - 1) / size), rounds * self._links.gather_seconds(together, groups[0])
 
     def _axis(self, group: list[int]) -> str:
-        data, fsdp = self._mesh
-        if len(group) == data * fsdp:
+        of_fsdp, of_data = self._mesh
+        if len(group) == len(of_fsdp) * len(of_data):
             return f"all {len(group)}"
-        if len(group) == fsdp and group[1] - group[0] == 1:
-            return f"fsdp {fsdp}"
-        if len(group) == data and group[1] - group[0] == fsdp:
-            return f"data {data}"
+        if set(group) in of_fsdp:
+            return f"fsdp {len(group)}"
+        if set(group) in of_data:
+            return f"data {len(group)}"
         return f"{len(group)} chips"

@@ -6,7 +6,7 @@ A program is started on a runtime whose steps do not run, but raise what is want
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -85,13 +85,13 @@ def _images_of(recipe: TrainingRecipe) -> ImageSet | ShardedImages:
     return open_source(recipe.data, recipe.root, "train")
 
 
-def traced(recipe: CommonRecipe, program: str, num_chips: int) -> TracedProgram:
-    """What a slice with so many chips would compile.
+def traced(recipe: CommonRecipe, program: str, grid: Sequence[int]) -> TracedProgram:
+    """What a slice would compile that has so many chips along each of its axes.
 
     Raises:
         UserError: the recipe does not fit the devices.
     """
-    runtime = create("tracing", recipe.mesh, recipe.precision, num_chips)
+    runtime = create("tracing", recipe.mesh, recipe.precision, grid)
     return raised(TracedProgram, lambda: _start(recipe, program, runtime))
 
 

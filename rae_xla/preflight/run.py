@@ -26,7 +26,7 @@ from rae_xla.topologies import Topology
 logger = logging.getLogger(__name__)
 
 # Of what the workers leave: an older cache is not read.
-FORMAT = 3
+FORMAT = 4
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
 # The names of operations are kept only if this is set before torch_xla starts.
 TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_HLO_DEBUG": "1"}
@@ -59,6 +59,8 @@ class Job:
             "topology": name,
             "topology_options": options,
             "num_chips": self.topology.num_chips,
+            # Between slices there is none.
+            "grid": self.topology.shape if self.topology.num_slices == 1 else [self.topology.num_chips],
             "quick": self.quick,
         }
 

@@ -26,9 +26,9 @@ def main(directory: Path) -> None:
     job = json.loads((directory / "job.json").read_text())
     start = time.perf_counter()
     if job["recipe"] is None:
-        program = traced_calibration(job["program"], job["num_chips"])
+        program = traced_calibration(job["program"], job["grid"])
     else:
-        program = traced(load_recipe(job["recipe"], job["overrides"]), job["program"], job["num_chips"])
+        program = traced(load_recipe(job["recipe"], job["overrides"]), job["program"], job["grid"])
     seconds = time.perf_counter() - start
     (directory / "program.pb").write_bytes(program.hlo)
     about = {

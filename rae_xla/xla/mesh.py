@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,15 +17,16 @@ from torch import Tensor
 
 from rae_xla.errors import UserError
 from rae_xla.runtime import Parts
-from rae_xla.sharding import AXES, MeshConfig, Partition, Sharding
+from rae_xla.sharding import AXES, MeshConfig, Partition, Sharding, devices_in_groups
 
 
 class Mesh:
     """Devices in a (data, fsdp) grid."""
 
-    def __init__(self, config: MeshConfig) -> None:
-        self.sharding = Sharding(config.shape_for(xr.global_runtime_device_count()), config.rules)
-        self.devices = _arranged(self.sharding.shape, config.slices)
+    def __init__(self, config: MeshConfig, grid: Sequence[int] | None = None) -> None:
+        shape = config.shape_for(xr.global_runtime_device_count())
+        self.devices = _arranged(shape, config.slices, grid)
+        self.sharding = Sharding(shape, config.rules, tuple(np.ravel(self.devices.device_ids).tolist()))
 
     def put(self, tensor: Tensor, partition: Partition, device: torch.device, *, per_process: bool) -> Tensor:
         """``tensor`` on the devices. ``per_process``: it is this process's part of a larger one."""
@@ -111,20 +113,23 @@ def keep_sharding(old: Tensor, new: Tensor) -> None:
     torch_xla._XLAC._xla_mark_sharding(new, sharding)
 
 
-def _arranged(shape: tuple[int, int], slices: int) -> xs.Mesh:
+def _arranged(shape: tuple[int, int], slices: int, grid: Sequence[int] | None) -> xs.Mesh:
     """Neighbours on ``fsdp`` are neighbours on the chips' own network; slices share ``data``.
 
-    Virtual devices have no network, and lie as they are counted.
+    Virtual devices have no network, unless a ``grid`` is given, and lie as they are counted.
     """
     if xr.device_type() != "TPU":
-        return xs.Mesh(np.arange(shape[0] * shape[1]), shape, AXES)
+        return xs.Mesh(devices_in_groups(grid or (shape[0] * shape[1],), shape).flatten(), shape, AXES)
     attributes = xr.global_runtime_device_attributes()
     found = len({device.get("slice_index", 0) for device in attributes})
     if found != slices:
         raise UserError(f"mesh.slices: this job has {found} slices, the recipe says {slices}; say slices: {found}")
-    if slices == 1 and "slice_index" in attributes[0]:
-        # `HybridMesh` refuses one slice that says it is one. As they are counted, x runs fastest.
-        return xs.Mesh(np.arange(shape[0] * shape[1]), shape, AXES)
+    if slices == 1:
+        places = np.array([device["coords"] for device in attributes])
+        numbers = devices_in_groups(places.max(axis=0) + 1, shape)
+        # Wherever chips are counted otherwise than x first, y then.
+        in_order = np.lexsort(places.T)
+        return xs.Mesh(in_order[numbers.flatten()], shape, AXES)
     within = (shape[0] // slices, shape[1])
     return xs.HybridMesh(ici_mesh_shape=within, dcn_mesh_shape=(slices, 1), axis_names=AXES)
 

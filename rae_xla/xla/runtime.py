@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class XLARuntime:
 
     name = "xla"
 
-    def __init__(self, mesh: MeshConfig, precision: Precision) -> None:
+    def __init__(self, mesh: MeshConfig, precision: Precision, grid: Sequence[int] | None = None) -> None:
         xr.use_spmd()
         self.num_devices = xr.global_runtime_device_count()
         self.process_index = xr.process_index()
@@ -41,7 +41,7 @@ class XLARuntime:
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self.scan = device_scan
-        self._mesh = Mesh(mesh)
+        self._mesh = Mesh(mesh, grid)
         self.sharding = self._mesh.sharding
         self._device = torch_xla.device()
         # Global to the process.

@@ -6,9 +6,11 @@ are there in name only: PyTorch's autograd counts devices in eight bits, and 128
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch_xla
 import torch_xla.core.xla_builder as xb
 import torch_xla.runtime as xr
@@ -27,10 +29,10 @@ from rae_xla.xla.source_lines import source_lines
 class TracingRuntime(XLARuntime):
     """`XLARuntime` with shapes for tensors: ``compile`` gives steps that raise a `TracedProgram`."""
 
-    def __init__(self, mesh: MeshConfig, precision: Precision, num_devices: int) -> None:
+    def __init__(self, mesh: MeshConfig, precision: Precision, grid: Sequence[int]) -> None:
         # Meshes ask torch_xla, and this process has the one device of a CPU.
-        xr.global_runtime_device_count = lambda: num_devices  # type: ignore[assignment]
-        super().__init__(mesh, precision)
+        xr.global_runtime_device_count = lambda: math.prod(grid)  # type: ignore[assignment]
+        super().__init__(mesh, precision, grid)
         self.partitions: Any = WeakTensorKeyDictionary()
 
     def compile(
@@ -105,4 +107,5 @@ class TracingStep:
                 name = f"{path[0].key}{keystr(path[1:])}"
                 arguments[number] = argument(name, tensor, index if index < num_state else None)
         in_order = [arguments[number] for number in sorted(arguments)]
-        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], sharding.shape, context.hlo(), in_order)
+        mesh = np.array(sharding.devices).reshape(sharding.shape).tolist()
+        raise TracedProgram(self.name, tree_leaves(batch)[0].shape[0], mesh, context.hlo(), in_order)
