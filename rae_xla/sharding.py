@@ -76,14 +76,15 @@ def devices_in_groups(grid: Sequence[int], shape: tuple[int, int]) -> np.ndarray
     """Device numbers [data, fsdp], counted along a slice's ``grid`` of chips, its first axis fastest.
 
     Those of an ``fsdp`` group lie as close as the grid admits: a block of chips gathers over the links of several axes
-    at once, a row of as many over those of one.
+    at once, a row of as many over those of one. A host's chips, 2x2 of them, stay in the order of their numbers, in
+    which it hands them their rows of a batch: a block is as wide along the first axis as it may be.
     """
     count, size = math.prod(grid), shape[1]
     sides = [[side for side in range(1, length + 1) if length % side == 0] for length in grid]
     blocks = [block for block in itertools.product(*sides) if math.prod(block) == size]
     if not blocks:
         return np.arange(count).reshape(shape)
-    block = min(blocks, key=lambda block: (max(block), block))
+    block = min(blocks, key=lambda block: (max(block), [-side for side in block]))
     split = [part for length, side in zip(grid[::-1], block[::-1], strict=True) for part in (length // side, side)]
     axes = [*range(0, len(split), 2), *range(1, len(split), 2)]
     return np.arange(count).reshape(split).transpose(axes).reshape(shape)

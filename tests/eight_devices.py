@@ -150,6 +150,9 @@ if __name__ == "__main__":
         "resumed_is_whole": resumed == whole,
         "diffusion_resumes": diffusion_resumes(runtime, str(directory / "diffusion")),
         "restores": checkpoint_on_all_meshes(create("xla", MeshConfig(fsdp=8), "fp32"), directory / "mesh_of_8"),
+        "restores_blocks": checkpoint_on_all_meshes(
+            mesh_cases.in_blocks(MeshConfig(fsdp=4)), directory / "mesh_of_blocks"
+        ),
         "streamed_in_parts": streamed_batch_lies_in_parts(runtime, directory / "shards"),
         "rows_in_order": rows_are_in_order(runtime),
         "golden": golden_differences(runtime),

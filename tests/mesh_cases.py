@@ -40,9 +40,13 @@ class Case:
     num_microbatches: int = 1
     precision: str = "fp32"
     rules: tuple = ()
+    grid: tuple = ()
 
 
 RULES = (("*.attention.qkv.weight", ("data", "fsdp")), ("head.*.mlp.*", ("fsdp", None)))
+
+# Eight devices as chips of which an fsdp group of four is a block of 2x2, and not numbered in a row.
+GRID = (4, 2)
 
 CASES = {
     1: [
@@ -53,7 +57,7 @@ CASES = {
     ],
     2: [Case(1), Case(2, "scan", "block", 2)],
     4: [Case(2, "list", "matmuls", 2, rules=RULES), Case(4, "scan")],
-    8: [Case(1), Case(2, "scan", "matmuls", 2), Case(4, "list", "block"), Case(8, "scan")],
+    8: [Case(1), Case(2, "scan", "matmuls", 2), Case(4, "list", "block", grid=GRID), Case(8, "scan")],
 }
 
 
@@ -86,7 +90,8 @@ def loss(model, frozen, batch):
 
 
 def run(case: Case, where: str) -> dict:
-    runtime = create(where, MeshConfig(fsdp=case.fsdp, rules=case.rules), case.precision)
+    mesh = MeshConfig(fsdp=case.fsdp, rules=case.rules)
+    runtime = in_blocks(mesh) if where == "xla" and case.grid else create(where, mesh, case.precision)
     compute = ComputeConfig(blocks=case.blocks, remat=case.remat, num_microbatches=case.num_microbatches)
     module = small_model()
     update = make_update(module, loss, OPTIMIZER, compute, float(NUM_STEPS), runtime)
@@ -98,6 +103,13 @@ def run(case: Case, where: str) -> dict:
         state, metrics = step(state, frozen, runtime.place_batch(batch(index)))
         losses.append(float(runtime.to_host(metrics["loss"])))
     return {"losses": losses, "state": runtime.to_host(state)}
+
+
+def in_blocks(mesh: MeshConfig) -> Runtime:
+    """On eight devices as a slice of `GRID`."""
+    from rae_xla.xla.runtime import XLARuntime
+
+    return XLARuntime(mesh, "fp32", GRID)
 
 
 def numbered_state() -> dict:
@@ -113,8 +125,8 @@ def numbered_state() -> dict:
 def restored_everywhere(runtime: Runtime, directory: str) -> bool:
     """Whether a checkpoint of `numbered_state` is read as it is, whole on each of these devices and split over them."""
     expected = numbered_state()
-    for fsdp in {1, runtime.num_devices}:
-        mesh = create("xla", MeshConfig(fsdp=fsdp), "fp32")
+    meshes = [create("xla", MeshConfig(fsdp=fsdp), "fp32") for fsdp in {1, runtime.num_devices}]
+    for mesh in [*meshes, *([in_blocks(MeshConfig(fsdp=4))] if runtime.num_devices == 8 else [])]:
         checkpoints = Checkpoints("unused", CheckpointConfig(every_steps=1), mesh, {}, {})
         empty = tree_map(torch.zeros_like, expected)
         state, progress = checkpoints.restore(StoredIndex(directory), mesh.place_state(empty))

@@ -50,7 +50,8 @@ def test_automatic_rule_splits_nearly_all_of_the_largest_model(shape: tuple[int,
 @pytest.mark.parametrize(
     ("grid", "shape", "sides"),
     [
-        ((8, 8), (8, 8), (2, 4)),
+        ((8, 8), (8, 8), (4, 2)),
+        ((8, 8), (32, 2), (2, 1)),
         ((16, 16), (16, 16), (4, 4)),
         ((4, 4, 4), (8, 8), (2, 2, 2)),
         ((2, 4), (1, 8), (2, 4)),
@@ -66,6 +67,11 @@ def test_an_fsdp_group_is_a_block_of_chips(
     # The first axis is counted fastest.
     places = np.stack(np.unravel_index(devices, grid[::-1])[::-1])
     assert (sides == np.ptp(places, axis=2).T + 1).all()
+    # A host has 2x2 chips, in order.
+    of_host = np.arange(math.prod(grid)).reshape(grid[::-1])[..., :2, :2] if len(grid) > 1 else np.arange(4)
+    positions = np.argsort(devices.flatten())
+    for hosts_chips in of_host.reshape(-1, 4):
+        assert (np.diff(positions[hosts_chips]) > 0).all()
     # And so it is in what a program is told.
     told = Sharding(shape, devices=tuple(devices.flatten().tolist())).as_hlo(("fsdp",))
     assert shape[1] == 1 or ",".join(map(str, devices.T.flatten())) in told
@@ -173,7 +179,7 @@ def test_golden_samples_of_eight_devices_are_those_of_the_released_code(on_eight
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_a_checkpoint_of_eight_devices_is_read_on_fewer(num_devices: int, on_eight: tuple[Path, dict]) -> None:
     directory, found = on_eight
-    assert found["restores"]
+    assert found["restores"] and found["restores_blocks"]
     step = str(directory / "mesh_of_8" / "step_00000003")
     assert len(StoredIndex(step).parts["ema/head.*.attention.qkv.weight"]) == 8
     environment = {"CPU_NUM_DEVICES": str(num_devices), "PJRT_DEVICE": "CPU"}

@@ -303,8 +303,11 @@ def test_fsdp_stays_within_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="this job has 2 slices, the recipe says 1; say slices: 2"):
         Mesh(MeshConfig(fsdp=4))
     # One slice of 4x4, counted y first: a group is a block of 2x2, whatever its chips' numbers are.
-    chips[:] = [{"name": f"TPU:{4 * x + y}", "coords": [x, y, 0], "slice_index": 0} for x in range(4) for y in range(4)]
+    by_number = [[x, y, 0] for x in range(4) for y in range(4)]
+    chips[:] = [
+        {"name": f"TPU:{number}", "coords": by_number[number], "slice_index": 0} for number in reversed(range(16))
+    ]
     groups = np.array(Mesh(MeshConfig(fsdp=4)).devices.device_ids).reshape(4, 4)
     assert sorted(groups.flatten()) == list(range(16))
-    places = np.array([chip["coords"] for chip in chips])[groups]
+    places = np.array(by_number)[groups]
     assert (np.ptp(places, axis=1) == [1, 1, 0]).all()

@@ -144,7 +144,8 @@ def rotate(x: Tensor, angles: Tensor, partners: Tensor) -> Tensor:
 def _partners_of(x: Tensor, partners: Tensor) -> Tensor:
     """Channels (2i, 2i + 1) to (-(2i + 1), 2i)."""
     if x.device.type == "xla":
-        # To take neighbours apart costs a TPU many times what this product does, which moves numbers and rounds none.
+        # To take neighbours apart costs a TPU many times what this product does. It moves numbers and rounds none, but
+        # where a TPU rounds the inputs of all products, see `rae_xla.precision`.
         return partners.to(x.dtype) @ x
     even, odd = x.unflatten(2, (-1, 2)).unbind(3)
     return torch.stack((-odd, even), dim=3).flatten(2, 3)
@@ -206,11 +207,35 @@ class Attention(nn.Module):
         q, k, v = [part.transpose(1, 2).unflatten(1, (self.num_heads, -1)) for part in parts]  # each [B, H, K, N]
         if rotary:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        scores = k.transpose(-2, -1) @ (q * q.shape[-2] ** -0.5)  # [B, H, keys, queries]
-        # The softmax over keys, but for a division that is dearer here than behind the next product.
-        weights = (scores.float() - scores.detach().amax(dim=-2, keepdim=True).float()).exp()
-        mixed = (v @ weights.to(v.dtype)) / weights.sum(dim=-2, keepdim=True)  # [B, H, K, N]
-        return self.output(mixed.to(v.dtype).flatten(1, 2).transpose(1, 2))
+        mixed: Tensor = _Mixed.apply(q * q.shape[-2] ** -0.5, k, v)
+        return self.output(mixed.flatten(1, 2).transpose(1, 2))
+
+
+class _Mixed(torch.autograd.Function):
+    """Values mixed by the softmax of scores: q, k, v [B, H, K, N] -> [B, H, K, N].
+
+    Forwards the softmax's division is done behind the product, where it is cheaper. Backwards it must not be: through a
+    product rounded to bfloat16 the gradients of a query's scores would no longer add up to zero, and what all keys have
+    in common would leak into the query's gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = k.transpose(-2, -1) @ q  # [B, H, keys, queries]
+        weights = (scores.float() - scores.amax(dim=-2, keepdim=True).float()).exp()
+        total = weights.sum(dim=-2, keepdim=True)
+        ctx.save_for_backward(q, k, v, weights, total)
+        return ((v @ weights.to(v.dtype)) / total).to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        q, k, v, weights, total = ctx.saved_tensors
+        softmax = weights / total
+        of_softmax = (v.transpose(-2, -1) @ gradient).float()
+        common = (softmax * of_softmax).sum(dim=-2, keepdim=True)
+        of_scores = (softmax * (of_softmax - common)).to(v.dtype)
+        of_v = gradient @ softmax.to(v.dtype).transpose(-2, -1)
+        return k @ of_scores, q @ of_scores.transpose(-2, -1), of_v
 
 
 class SwiGLU(nn.Module):

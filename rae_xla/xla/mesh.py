@@ -125,7 +125,8 @@ def _arranged(shape: tuple[int, int], slices: int, grid: Sequence[int] | None) -
     if found != slices:
         raise UserError(f"mesh.slices: this job has {found} slices, the recipe says {slices}; say slices: {found}")
     if slices == 1:
-        places = np.array([device["coords"] for device in attributes])
+        by_number = sorted(attributes, key=lambda device: int(str(device["name"]).rpartition(":")[2]))
+        places = np.array([device["coords"] for device in by_number])
         numbers = devices_in_groups(places.max(axis=0) + 1, shape)
         # Wherever chips are counted otherwise than x first, y then.
         in_order = np.lexsort(places.T)
