@@ -91,7 +91,7 @@ def test_images_are_scaled_as_tensorflow_1_did() -> None:
 
 def test_products_are_float32_where_the_rest_is_bfloat16(tmp_path: Path) -> None:
     """A TPU rounds the inputs of float32 products to bfloat16 unless each of them says otherwise."""
-    job = {"recipe": "recipes/evaluation/inception.yaml", "program": "features", "num_chips": 8}
+    job = {"recipe": "recipes/evaluation/inception.yaml", "program": "features", "grid": [2, 4]}
     job["overrides"] = ["precision=bf16", "batch_size=8"]
     (tmp_path / "job.json").write_text(json.dumps(job))
     done = run_python("-m", "rae_xla.preflight.trace_worker", str(tmp_path), CPU_NUM_DEVICES="1", PJRT_DEVICE="CPU")

@@ -58,7 +58,6 @@ class Job:
             "program": self.program,
             "topology": name,
             "topology_options": options,
-            "num_chips": self.topology.num_chips,
             # Between slices there is none.
             "grid": self.topology.shape if self.topology.num_slices == 1 else [self.topology.num_chips],
             "quick": self.quick,

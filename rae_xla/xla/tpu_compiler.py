@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ def compile_program(directory: Path) -> dict[str, Any]:
     topology = topologies.get_topology_desc(topology_name=job["topology"], platform="tpu", **job["topology_options"])
     # They come host by host; a program's partitions are the devices as they are counted.
     devices: Any = sorted(topology.devices, key=lambda device: device.id)
-    assert len(devices) == job["num_chips"], (len(devices), job)
+    assert len(devices) == math.prod(job["grid"]), (len(devices), job)
     options = compiler.get_compile_options(
         num_replicas=1, num_partitions=len(devices), device_assignment=np.array([[device.id for device in devices]])
     )
