@@ -1,7 +1,7 @@
 """Jobs on Cloud TPU: from a recipe to a running slice with one command, and back to nothing that costs.
 
   tpu.py run RECIPE --name N --accelerator v6e-64 --zone Z [--spot] [key.sub=value ...]   submit, and watch to the end
-  tpu.py run --name N [--again]            watch a job that is there; with --again one that has ended is begun again
+  tpu.py run --name N [--again]            watch a job that is there; --again begins what was stopped or failed again
   tpu.py submit RECIPE --name N ...        ask for its slices and end here; nobody watches until run does
   tpu.py status|logs|attach|stop|clean --name N
   tpu.py list
