@@ -122,10 +122,20 @@ class Runtime(Protocol):
     def split_batch(self, tensor: Tensor) -> Tensor:
         """The same values, and word to the compiler that the first dimension lies like a batch's; with gradients."""
 
+    def as_used(self, name: str, tensor: Tensor) -> Tensor:
+        """A state's parameter of all blocks, cast, in the larger parts in which it lies for the length of a step."""
+
     def whole(self, tensor: Tensor) -> Tensor:
         """The same values, and word to the compiler that each device needs all of them: a parameter, where it is used.
 
         Left to itself it splits products along a parameter's parts, and moves activations in place of parameters.
+        """
+
+    def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
+        """x [B, D], a batch, by each of the parameters [S, E, D] -> [S, B, E], which stay where they lie.
+
+        Where few rows meet large parameters: each device multiplies its part by the rows of all devices that have the
+        other parts, and they exchange what comes of it.
         """
 
     def to_host(self, tree: Tree) -> Tree:

@@ -1,8 +1,8 @@
 """Which part of a tensor lies on which device, worked out from names and shapes alone: no device is needed to know it.
 
-The mesh has two axes. A batch is split over both. Parameters are split over ``fsdp`` and copied along ``data``. Their
-moments and averages are split over all devices (arXiv 2004.13336): they are three quarters of the state, and nobody
-needs them whole.
+The mesh has two axes. A batch is split over both, and so is a training's state: nobody needs it whole to change it
+(arXiv 2004.13336). At the beginning of a step the parameters are cast and gathered along ``data``; in the step they
+are split over ``fsdp`` alone.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Sharding:
         return (AXES, *[None] * (num_dims - 1))
 
     def parameter(self, name: str, shape: Sequence[int]) -> Partition:
-        """Of a parameter, stacked if its name says so.
+        """Of a parameter as a step uses it, stacked if its name says so.
 
         Raises:
             UserError: the rule for it has another number of dimensions, or does not divide; names both.
@@ -117,17 +117,15 @@ class Sharding:
         return self.automatic(name, shape, "fsdp")
 
     def of_state(self, path: Sequence[str], shape: Sequence[int]) -> Partition:
-        """Of a leaf of a training state: (..., "parameters", name), or what belongs to a parameter of its name.
+        """Of a leaf of a training state: (..., part of the state, name of a parameter that it belongs to).
 
         Rules are about the model that is trained, not about a discriminator beside it.
         """
         sharding = self if len(path) <= 2 else replace(self, rules=())
-        if "parameters" in path[:-1]:
-            return sharding.parameter(path[-1], shape)
-        return sharding.optimizer(path[-1], shape)
+        return sharding.between_steps(path[-1], shape)
 
-    def optimizer(self, name: str, shape: Sequence[int]) -> Partition:
-        """Of a parameter's moments and average: the parameter's own, split on over the axes that it is whole along."""
+    def between_steps(self, name: str, shape: Sequence[int]) -> Partition:
+        """Of a parameter, its moments and its average in the state: split on over the axes that it is whole along."""
         partition = self.parameter(name, shape)
         if self.parts(partition) == 1:
             return self.automatic(name, shape, *AXES)
@@ -206,16 +204,17 @@ def is_stacked(name: str) -> bool:
 def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
     """A row for each parameter and each frozen tensor: shape, how it is split, and GiB a chip; then the sums.
 
-    A parameter's row counts its average and moments too.
+    A parameter's row counts its average and moments too, which lie as it does between steps.
     """
     rows = _rows_of_state(sharding, state, ())
     for part, tensors in frozen.items():
         for name, tensor in tensors.items():
             own = sharding.automatic(name, tensor.shape, "fsdp")
-            rows.append((f"{part}: {name}", tensor, _described(own), "", _gib(tensor) / sharding.parts(own)))
-    header = ("name", "shape", "split", "average and moments", "GiB a chip")
+            rows.append((f"{part}: {name}", tensor, own, own, _gib(tensor) / sharding.parts(own)))
+    header = ("name", "shape", "between steps", "in a step", "GiB a chip")
     cells = [
-        (name, "x".join(map(str, t.shape)) or "scalar", own, others, f"{g:.6f}") for name, t, own, others, g in rows
+        (name, "x".join(map(str, t.shape)) or "scalar", _described(between), _described(within), f"{gib:.6f}")
+        for name, t, between, within, gib in rows
     ]
     widths = [max(len(row[column]) for row in [header, *cells]) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *cells]]
@@ -225,17 +224,13 @@ def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str,
 
 def _rows_of_state(
     sharding: Sharding, state: Mapping[str, Any], path: tuple[str, ...]
-) -> list[tuple[str, Any, str, str, float]]:
-    rows: list[tuple[str, Any, str, str, float]] = []
-    belonging = {part: t for part, t in state.items() if isinstance(t, Mapping) and "parameters" not in (part, *t)}
+) -> list[tuple[str, Any, Partition, Partition, float]]:
+    rows: list[tuple[str, Any, Partition, Partition, float]] = []
+    belonging = [tensors for tensors in state.values() if isinstance(tensors, Mapping) and "parameters" not in tensors]
     for name, tensor in state["parameters"].items():
-        own = sharding.of_state((*path, "parameters", name), tensor.shape)
-        gib, others = _gib(tensor) / sharding.parts(own), own
-        for part, tensors in belonging.items():
-            if name in tensors:
-                others = sharding.of_state((*path, part, name), tensor.shape)
-                gib += _gib(tensors[name]) / sharding.parts(others)
-        rows.append((": ".join((*path, name)), tensor, _described(own), _described(others), gib))
+        between = sharding.of_state((*path, "parameters", name), tensor.shape)
+        gib = sum(_gib(tensors[name]) for tensors in belonging if name in tensors) / sharding.parts(between)
+        rows.append((": ".join((*path, name)), tensor, between, sharding.parameter(name, tensor.shape), gib))
     for part, within in state.items():
         if isinstance(within, Mapping) and "parameters" in within:
             rows += _rows_of_state(sharding, within, (*path, part))

@@ -37,7 +37,7 @@ def test_automatic_rule_splits_nearly_all_of_the_largest_model(shape: tuple[int,
     sharding = Sharding(shape)
     held, total = 0.0, 0
     for name, size in largest.items():
-        own, split = sharding.parameter(name, size), sharding.optimizer(name, size)
+        own, split = sharding.parameter(name, size), sharding.between_steps(name, size)
         assert split[0] is None or "*" not in name, "blocks are used one by one"
         for entry, length in zip(split, size, strict=True):
             assert entry is None or length % sharding.parts((entry,)) == 0
@@ -83,7 +83,7 @@ def test_fsdp_never_makes_the_state_larger(largest: dict) -> None:
         return sum(
             size.numel() * (1 / sharding.parts(sharding.parameter(name, size)) + 3 / sharding.parts(split))
             for name, size in largest.items()
-            for split in [sharding.optimizer(name, size)]
+            for split in [sharding.between_steps(name, size)]
         )
 
     for devices in (8, 64, 128):
@@ -94,13 +94,13 @@ def test_fsdp_never_makes_the_state_larger(largest: dict) -> None:
 def test_optimizer_state_is_split_where_parameters_are_whole(largest: dict) -> None:
     sharding = Sharding((8, 1))
     assert not any(sharding.parameter(QKV, largest[QKV]))
-    assert sharding.optimizer(QKV, largest[QKV]) == (None, ("data", "fsdp"), None)
-    assert sharding.parts(sharding.optimizer(QKV, largest[QKV])) == 8
-    assert sharding.of_state(("ema", QKV), largest[QKV]) == sharding.optimizer(QKV, largest[QKV])
+    assert sharding.between_steps(QKV, largest[QKV]) == (None, ("data", "fsdp"), None)
+    assert sharding.parts(sharding.between_steps(QKV, largest[QKV])) == 8
+    assert sharding.of_state(("ema", QKV), largest[QKV]) == sharding.between_steps(QKV, largest[QKV])
     assert sharding.of_state(("step",), ()) == ()
     # A rule about an axis of one device leaves a parameter whole.
     rules = MeshConfig.model_validate({"rules": [[QKV, ["fsdp", None]]]}).rules
-    assert Sharding((8, 1), rules).optimizer(QKV, largest[QKV]) == (None, ("data", "fsdp"), None)
+    assert Sharding((8, 1), rules).between_steps(QKV, largest[QKV]) == (None, ("data", "fsdp"), None)
 
 
 def test_the_first_rule_that_matches_decides(largest: dict) -> None:

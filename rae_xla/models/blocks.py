@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-RunBlocks = Callable[[nn.Module, dict[str, Tensor], Tensor, tuple[Tensor, ...]], Tensor]
-"""(block, values, x, shared) -> x after all blocks.
-
-``block`` gives the architecture, ``values`` its parameters by name, those of all blocks stacked along a new first
-dimension."""
+Values = dict[str, Tensor]
+"""Parameters of a block by name, those of all blocks stacked along a new first dimension."""
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""x [B, D] by each of the weights [S, E, D] -> [S, B, E]; see `rae_xla.runtime.Runtime.multiplied`."""
 
 
 class Blocks(nn.ModuleList):
@@ -19,6 +18,15 @@ class Blocks(nn.ModuleList):
     run: Callable[..., Tensor] | None = None
     """(x, *shared) -> x, for the length of a call; see `rae_xla.models.functional.call`."""
 
+    def ahead(
+        self, values: Values, multiply: Multiply, *shared: Tensor
+    ) -> tuple[Values, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What is better done for all blocks at once than in each: the values left for them, their own inputs, shared.
+
+        By default nothing is.
+        """
+        return values, (), shared
+
     def forward(self, x: Tensor, *shared: Tensor) -> Tensor:
         """x [B, N, D] through all blocks."""
         if self.run is not None:
@@ -26,3 +34,9 @@ class Blocks(nn.ModuleList):
         for block in self:
             x = block(x, *shared)
         return x
+
+
+RunBlocks = Callable[[Blocks, str, Values, Tensor, tuple[Tensor, ...]], Tensor]
+"""(blocks, prefix, values, x, shared) -> x after all blocks.
+
+``blocks`` give the architecture, ``values`` the parameters, cast; a ``prefix`` makes their names those in the model."""

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from rae_xla.config import NamedSizes
-from rae_xla.models.blocks import Blocks
 from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
+    ModulatedBlocks,
     ModulatedOutput,
     Rotary,
     TimeEmbedder,
@@ -72,7 +72,7 @@ class DiT(nn.Module):
         self.input = nn.Linear(channels, config.width)
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
         self.rotary = Rotary(config.width // config.num_heads, grid)
-        self.blocks = Blocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
+        self.blocks = ModulatedBlocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
         self.output = ModulatedOutput(config.width, channels)
 
     def init_weights(self) -> None:

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rae_xla.models.blocks import Blocks
 from rae_xla.models.dit import DIT_SIZES, DiTConfig
 from rae_xla.models.layers import (
     LabelEmbedder,
     ModulatedBlock,
+    ModulatedBlocks,
     ModulatedOutput,
     Rotary,
     TimeEmbedder,
@@ -68,12 +68,14 @@ class DiTDH(nn.Module):
         self.backbone_input = nn.Linear(channels, config.width)
         self.register_buffer("positions", sincos_positions(config.width, grid), persistent=False)
         self.backbone_rotary = Rotary(config.width // config.num_heads, grid)
-        self.backbone = Blocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
+        self.backbone = ModulatedBlocks(ModulatedBlock(config.width, config.num_heads) for _ in range(config.depth))
         same_width = config.width == config.head_width
         self.condition = nn.Identity() if same_width else nn.Linear(config.width, config.head_width)
         self.head_input = nn.Linear(channels, config.head_width)
         self.head_rotary = Rotary(config.head_width // config.head_num_heads, grid)
-        self.head = Blocks(ModulatedBlock(config.head_width, config.head_num_heads) for _ in range(config.head_depth))
+        self.head = ModulatedBlocks(
+            ModulatedBlock(config.head_width, config.head_num_heads) for _ in range(config.head_depth)
+        )
         self.output = ModulatedOutput(config.head_width, channels)
 
     def init_weights(self) -> None:

@@ -153,14 +153,14 @@ def call(
             own = {name.removeprefix(prefix): values.pop(name) for name in list(values) if name.startswith(prefix)}
             if not own:
                 raise ValueError(f"{path}: its blocks are not alike, so they run by themselves only")
-            running[blocks] = partial(_run, run_blocks, blocks[0], own)
+            running[blocks] = partial(_run, run_blocks, blocks, prefix, own)
     whole = {name: prepare.whole(value) for name, value in _unstack_blocks(values).items()}
     with _run_by(running):
         return functional_call(module, whole, arguments)
 
 
-def _run(run_blocks: RunBlocks, block: nn.Module, values: Tensors, x: Tensor, *shared: Tensor) -> Tensor:
-    return run_blocks(block, values, x, shared)
+def _run(run_blocks: RunBlocks, blocks: Blocks, prefix: str, values: Tensors, x: Tensor, *shared: Tensor) -> Tensor:
+    return run_blocks(blocks, prefix, values, x, shared)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rae_xla.models.blocks import Blocks, Multiply, Values
+
 
 def sincos_positions(width: int, grid: int) -> Tensor:
     """Fixed 2-D sine-cosine position embeddings, float32 [grid * grid, width], tokens in row-major order.
@@ -273,11 +275,34 @@ class ModulatedBlock(nn.Module):
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x: Tensor, condition: Tensor, *rotary: Tensor) -> Tensor:
-        """x [B, N, D], condition [B, 1 or N, D], the tables of a `Rotary` -> [B, N, D]."""
-        modulation = self.modulation(functional.silu(condition)).chunk(6, dim=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        """x [B, N, D], condition [B, 1 or N, D], the tables of a `Rotary` -> [B, N, D].
+
+        In place of the condition its modulation, [B, 1, 6 D], if that was computed ahead.
+        """
+        ahead = condition.shape[-1] == self.modulation.out_features
+        modulation = condition if ahead else self.modulation(functional.silu(condition))
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attention(modulate(self.norm1(x), shift1, scale1), *rotary)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class ModulatedBlocks(Blocks):
+    """`ModulatedBlock`s, all of whose modulations are computed ahead of them where there is one condition a sample.
+
+    A third of their parameters make the modulation, of one row a sample: many devices gather in each block what they
+    hardly multiply. At once they multiply their own parts of it by the rows of all.
+    """
+
+    def ahead(
+        self, values: Values, multiply: Multiply, *shared: Tensor
+    ) -> tuple[Values, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """See `Blocks`."""
+        condition, *rotary = shared
+        if condition.shape[1] > 1:
+            return values, (), shared
+        left = {name: value for name, value in values.items() if not name.startswith("modulation.")}
+        product = multiply(functional.silu(condition).squeeze(1), values["modulation.weight"])
+        return left, ((product + values["modulation.bias"][:, None]).unsqueeze(2),), tuple(rotary)
 
 
 class ModulatedOutput(nn.Module):

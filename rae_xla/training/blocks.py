@@ -13,12 +13,12 @@ from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rae_xla.config import Config
-from rae_xla.models.blocks import RunBlocks
+from rae_xla.models.blocks import Blocks, RunBlocks, Values
 from rae_xla.runtime import Runtime
 
 Tensors = list[Tensor]
@@ -48,30 +48,31 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     computed again gathers them again.
     """
 
-    def run(block: nn.Module, values: dict[str, Tensor], x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
-        names = list(values)
+    def run(blocks: Blocks, prefix: str, values: Values, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
+        used = {name: runtime.as_used(prefix + name, value) for name, value in values.items()}
+        left, own, shared = blocks.ahead(used, runtime.multiplied, *shared)
+        rows, num_given = [*own, *left.values()], len(shared) + len(own)
 
         def function(x: Tensor, *others: Tensor) -> Tensor:
-            own = {n: runtime.whole(value) for n, value in zip(names, others[len(shared) :], strict=True)}
-            given = [runtime.split_batch(t) if t.requires_grad else t for t in others[: len(shared)]]
-            return runtime.split_batch(functional_call(block, own, (x, *given)))
+            given = [runtime.split_batch(t) if t.requires_grad else t for t in others[:num_given]]
+            whole = {n: runtime.whole(value) for n, value in zip(left, others[num_given:], strict=True)}
+            inputs = x, *given[len(shared) :], *given[: len(shared)]
+            return runtime.split_batch(functional_call(blocks[0], whole, inputs))
 
         x = runtime.split_batch(x)
         if config.blocks == "scan" and not torch.is_grad_enabled():
 
-            def body(x: Tensor, own: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
-                return function(x, *shared, *own), []
+            def body(x: Tensor, row: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
+                return function(x, *shared, *row), []
 
-            return runtime.scan(body, x, list(values.values()), list(shared))[0]
+            return runtime.scan(body, x, rows, list(shared))[0]
         if config.blocks == "scan":
-            return _Scanned.apply(
-                function, _KEEPERS[config.remat](), runtime, len(shared), x, *shared, *values.values()
-            )
-        for own in zip(*[value.unbind(0) for value in values.values()], strict=True):
+            return _Scanned.apply(function, _KEEPERS[config.remat](), runtime, len(shared), x, *shared, *rows)
+        for row in zip(*[tensor.unbind(0) for tensor in rows], strict=True):
             if config.remat == "none" or not torch.is_grad_enabled():
-                x = function(x, *shared, *own)
+                x = function(x, *shared, *row)
             else:
-                x = _Recomputed.apply(function, _KEEPERS[config.remat](), runtime, x, *shared, *own)
+                x = _Recomputed.apply(function, _KEEPERS[config.remat](), runtime, x, *shared, *row)
         return x
 
     return run

@@ -72,9 +72,9 @@ class Mesh:
         marked: Tensor = _Marked.apply(tensor, self.devices, partition)
         return marked
 
-    def gathered(self, tensor: Tensor) -> Tensor:
-        """The same values, and word to the compiler that they are to be whole on each device; not so the gradient."""
-        gathered: Tensor = _Gathered.apply(tensor, self.devices)
+    def gathered(self, tensor: Tensor, partition: Partition) -> Tensor:
+        """The same values, and word to the compiler that they are to lie so; nothing about the gradient."""
+        gathered: Tensor = _Gathered.apply(tensor, self.devices, partition)
         return gathered
 
 
@@ -148,13 +148,13 @@ class _Marked(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, devices: xs.Mesh) -> Tensor:
-        return _copy_at(tensor, devices, (None,) * tensor.ndim)
+    def forward(ctx: Any, tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:
+        return _copy_at(tensor, devices, partition)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         # Summed over the batch's parts and split as the parameter is, whichever way the compiler finds best.
-        return gradient, None
+        return gradient, None, None
 
 
 def _copy_at(tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:

@@ -118,11 +118,25 @@ class XLARuntime:
         """See `Runtime`."""
         return self._mesh.marked(tensor, self.sharding.batch(tensor.ndim))
 
+    def as_used(self, name: str, tensor: Tensor) -> Tensor:
+        """See `Runtime`. Vectors are never split."""
+        if self.num_devices == 1 or tensor.ndim < 3:
+            return tensor
+        return self._mesh.gathered(tensor, self.sharding.parameter(name, tensor.shape))
+
     def whole(self, tensor: Tensor) -> Tensor:
         """See `Runtime`. Vectors are never split."""
         if self.num_devices == 1 or tensor.ndim < 2:
             return tensor
-        return self._mesh.gathered(tensor)
+        return self._mesh.gathered(tensor, (None,) * tensor.ndim)
+
+    def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
+        """See `Runtime`."""
+        if self.num_devices == 1 or weights.shape[1] % self.sharding.size("fsdp"):
+            return x @ self.whole(weights).transpose(1, 2)
+        x = self._mesh.marked(x, ("data", None))
+        product = self._mesh.marked(x @ weights.transpose(1, 2), (None, "data", "fsdp"))
+        return self._mesh.marked(product, (None, AXES, None))
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
