@@ -39,4 +39,5 @@ class Blocks(nn.ModuleList):
 RunBlocks = Callable[[Blocks, str, Values, Tensor, tuple[Tensor, ...]], Tensor]
 """(blocks, prefix, values, x, shared) -> x after all blocks.
 
-``blocks`` give the architecture, ``values`` the parameters, cast; a ``prefix`` makes their names those in the model."""
+``blocks`` give the architecture, ``values`` the parameters, cast, as they lie between steps; a ``prefix`` makes their
+names those in the model."""

@@ -132,11 +132,11 @@ class XLARuntime:
 
     def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
         """See `Runtime`."""
-        if self.num_devices == 1 or weights.shape[1] % self.sharding.size("fsdp"):
+        if self.num_devices == 1 or weights.shape[1] % self.num_devices:
             return x @ self.whole(weights).transpose(1, 2)
-        x = self._mesh.marked(x, ("data", None))
-        product = self._mesh.marked(x @ weights.transpose(1, 2), (None, "data", "fsdp"))
-        return self._mesh.marked(product, (None, AXES, None))
+        product = self._mesh.marked(x, (None, None)) @ weights.transpose(1, 2)
+        # As `Sharding.between_steps` splits the weights.
+        return self._mesh.marked(self._mesh.marked(product, (None, None, ("fsdp", "data"))), (None, AXES, None))
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""
