@@ -25,8 +25,8 @@ from rae_xla.topologies import Topology
 
 logger = logging.getLogger(__name__)
 
-# Of what the workers leave: an older cache is not read.
-FORMAT = 4
+# Of what the workers leave, and of the compiler's own settings: an older cache is not read.
+FORMAT = 5
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
 # The names of operations are kept only if this is set before torch_xla starts.
 TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_HLO_DEBUG": "1"}
