@@ -25,8 +25,8 @@ from rae_xla.models.classifier import ConvNetConfig
 from rae_xla.models.diffusion import DiffusionModelConfig
 from rae_xla.models.encoders import EncoderConfig
 from rae_xla.precision import Precision
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig
 from rae_xla.training.heldout import HeldoutConfig
 from rae_xla.training.looks import PreviewConfig, ScoringConfig

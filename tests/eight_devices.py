@@ -24,9 +24,9 @@ from rae_xla.data.stream import StreamedBatches
 from rae_xla.evaluation.batches import own_rows
 from rae_xla.models.functional import buffers_of
 from rae_xla.recipe import load_recipe
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import Runtime, create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress, step_directory
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.stored_index import StoredIndex

@@ -18,9 +18,9 @@ from rae_xla.models.dit_dh import DiTDH, DiTDHConfig
 from rae_xla.models.functional import buffers_of
 from rae_xla.models.loading import initialised
 from rae_xla.random import Purpose, normal, uniform
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import Runtime, create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.checkpoint import CheckpointConfig, Checkpoints, Progress
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.stored_index import StoredIndex

@@ -22,9 +22,9 @@ from rae_xla.models.functional import by_module_names, call, parameters_of
 from rae_xla.models.layers import LayerNorm, RMSNorm
 from rae_xla.precision import effective_precision
 from rae_xla.recipe import LatentNoiseConfig, load_recipe
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.decoder_losses import latent_noise
 from rae_xla.training.ema import decay_at
 from rae_xla.training.metrics import read_metrics

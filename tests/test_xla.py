@@ -18,9 +18,9 @@ from rae_xla.errors import UserError
 from rae_xla.models.functional import buffers_of
 from rae_xla.random import Purpose, normal
 from rae_xla.recipe import load_recipe
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import Runtime, create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.tasks import train
 from rae_xla.training.update import initial_state, make_update

@@ -58,8 +58,8 @@ def width(arguments: argparse.Namespace) -> dict[str, Any]:
 def step_overhead(arguments: argparse.Namespace) -> dict[str, Any]:
     """``lazy_ms engine_ms ratio compilations_after_warmup host_syncs_per_step``."""
     from rae_xla.benchmarks.overhead import step_overhead as measured
+    from rae_xla.run_blocks import ComputeConfig
     from rae_xla.sharding import MeshConfig
-    from rae_xla.training.blocks import ComputeConfig
 
     result = measured(
         arguments.model,

@@ -18,9 +18,9 @@ from rae_xla.models.diffusion import DiffusionModel, create_diffusion_model
 from rae_xla.models.dit_dh import DIT_DH_SIZES, DiTDHConfig
 from rae_xla.models.functional import buffers_of, parameters_of
 from rae_xla.models.loading import initialised
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.update import initial_state, make_update
 

@@ -97,7 +97,8 @@ class Estimator:
                     seconds = self._copied(instruction) / self._chip.hbm_bandwidth
                     arrives[instruction.name] = self._start("memory", now, instruction, seconds)
             elif opcode.endswith("-done"):
-                is_between_chips = opcode.startswith(COLLECTIVES) or opcode == "async-done"
+                # Calls are of the sparse cores, which sum gradients beside the core.
+                is_between_chips = opcode.startswith(COLLECTIVES) or opcode in ("async-done", "call-done")
                 now = self._wait(now, arrives.get(instruction.operands[0], now), of_memory=not is_between_chips)
             elif collective and (opcode != "fusion" or instruction.cycles is None):
                 now = self._wait(now, self._start("links", now, instruction, self._transfer(*collective)))

@@ -238,7 +238,7 @@ class Module:
         """The transfer between chips that an instruction is, or starts, carries on or ends, and where it stands."""
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return instruction, self.within(instruction)
-        if instruction.opcode not in ("fusion", "async-start"):
+        if instruction.opcode not in ("fusion", "async-start", "call-start"):
             return None
         name = instruction.called[0]
         if name not in self._collectives:

@@ -32,11 +32,11 @@ from rae_xla.recipe import (
     SamplingRecipe,
     TrainingRecipe,
 )
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import CountedProgram, Runtime, TracedProgram, create
 from rae_xla.sharding import MeshConfig
 from rae_xla.training.adversarial import PhaseName
 from rae_xla.training.autoencoder import decoder_phases
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.optimizer import total_steps
 from rae_xla.training.tasks import task_of
 

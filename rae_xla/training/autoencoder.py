@@ -18,6 +18,7 @@ from rae_xla.models.functional import Tensors, buffers_of, tensors_of
 from rae_xla.models.loading import initialised
 from rae_xla.models.pretrained import weights_path
 from rae_xla.recipe import AutoencoderRecipe
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import Runtime
 from rae_xla.training.adversarial import (
     Begin,
@@ -27,7 +28,6 @@ from rae_xla.training.adversarial import (
     phases_of,
     used_discriminator,
 )
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.decoder_losses import DecoderLosses
 from rae_xla.training.diagnosis import make_diagnosis
 from rae_xla.training.heldout import HeldoutReconstruction

@@ -22,8 +22,8 @@ from rae_xla.models.discriminator import DinoFeatures, DiscriminatorHeads
 from rae_xla.models.functional import call
 from rae_xla.random import Purpose, normal, uniform
 from rae_xla.recipe import AutoencoderRecipe, LatentNoiseConfig
+from rae_xla.run_blocks import make_run_blocks
 from rae_xla.runtime import Runtime
-from rae_xla.training.blocks import make_run_blocks
 from rae_xla.training.update import Model
 
 # Whose gradients the two losses are weighed by.

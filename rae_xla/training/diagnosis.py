@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rae_xla.models.functional import Tensors, by_module_names, call
+from rae_xla.run_blocks import ComputeConfig
 from rae_xla.runtime import Runtime
-from rae_xla.training.blocks import ComputeConfig
 from rae_xla.training.update import Loss, Model, StepFunction, make_mean_gradients
 
 

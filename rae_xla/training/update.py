@@ -15,8 +15,8 @@ from rae_xla.errors import UserError
 from rae_xla.models.blocks import Blocks
 from rae_xla.models.functional import Tensors, call, parameters_of
 from rae_xla.recipe import TrainingRecipe
+from rae_xla.run_blocks import ComputeConfig, make_run_blocks
 from rae_xla.runtime import Runtime
-from rae_xla.training.blocks import ComputeConfig, make_run_blocks
 from rae_xla.training.ema import averages, decay_at, update_ema
 from rae_xla.training.optimizer import OptimizerConfig, adamw, clip_by_global_norm, learning_rate_at
 

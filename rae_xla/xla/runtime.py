@@ -132,11 +132,10 @@ class XLARuntime:
 
     def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
         """See `Runtime`."""
-        if self.num_devices == 1 or weights.shape[1] % self.num_devices:
+        if self.num_devices == 1 or weights.shape[1] % self.sharding.size("fsdp"):
             return x @ self.whole(weights).transpose(1, 2)
-        product = self._mesh.marked(x, (None, None)) @ weights.transpose(1, 2)
-        # As `Sharding.between_steps` splits the weights.
-        return self._mesh.marked(self._mesh.marked(product, (None, None, ("fsdp", "data"))), (None, AXES, None))
+        product = self._mesh.marked(x, ("data", None)) @ weights.transpose(1, 2)
+        return self._mesh.marked(self._mesh.marked(product, (None, "data", "fsdp")), (None, AXES, None))
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""

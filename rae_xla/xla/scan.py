@@ -3,7 +3,7 @@
 Unrolled, 49 evaluations of a transformer take XLA many minutes to compile; as a loop the body compiles once.
 `torch_xla.experimental.scan` imports jax and counts in 64 bits, which a TPU emulates in pairs of words, after which the
 compiler no longer knows the trip count. This one counts in 32 bits. Gradients are the caller's business: a backward
-pass is another scan, see `rae_xla.training.blocks`.
+pass is another scan, see `rae_xla.run_blocks`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How alike blocks run in training: one after the other or as a scan, and what is kept for the backward pass.
+"""How alike blocks run: one after the other or as a scan, and what is kept for the backward pass.
 
 The backward pass of a block needs what its forward pass computed. ``none`` keeps it, ``block`` keeps the block's input
 and computes the rest again (arXiv 1604.06174), ``matmuls`` also keeps the outputs of matrix products, the dear part,
@@ -49,9 +49,9 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     """
 
     def run(blocks: Blocks, prefix: str, values: Values, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
-        left, own, shared = blocks.ahead(values, runtime.multiplied, *shared)
-        used = [runtime.as_used(prefix + name, value) for name, value in left.items()]
-        rows, num_given = [*own, *used], len(shared) + len(own)
+        used = {name: runtime.as_used(prefix + name, value) for name, value in values.items()}
+        left, own, shared = blocks.ahead(used, runtime.multiplied, *shared)
+        rows, num_given = [*own, *left.values()], len(shared) + len(own)
 
         def function(x: Tensor, *others: Tensor) -> Tensor:
             given = [runtime.split_batch(t) if t.requires_grad else t for t in others[:num_given]]
