@@ -206,7 +206,7 @@ def test_a_batch_left_whole_is_told_with_its_allocation(tmp_path: Path, cache: P
 
 
 def _flops_instead_of_sums_and_turns(recipe: DiffusionRecipe) -> float:
-    """Of an image's training step: bias gradients and softmax's sums with eight rows of ones; queries and keys turned."""
+    """Of an image's training step: sums of biases' gradients and of softmaxes, with eight rows of ones, and turns."""
     _, grid, _ = shape = recipe.autoencoder.encoder.latent_shape
     module = on_meta(lambda: create_diffusion_model(recipe.model, shape, 10))
     flops, tokens = 0.0, grid * grid

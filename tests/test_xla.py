@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 
@@ -25,6 +26,7 @@ from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.tasks import train
 from rae_xla.training.update import initial_state, make_update
 from rae_xla.xla.mesh import Mesh
+from rae_xla.xla.start import COMPILER_FLAGS, FLAGS_OF_TORCH_XLA, set_flags
 
 
 @pytest.fixture(scope="module")
@@ -283,6 +285,18 @@ def test_a_scan_is_one_block_and_counts_in_32_bits(programs: dict) -> None:
     for remat in ("none", "block", "matmuls"):
         loops = re.findall(r"= \((\S+) .*? while\(", programs["scan", remat])
         assert [counter.rstrip(",") for counter in loops] == ["s32[]"] * 4, loops
+
+
+def test_the_compiler_is_set_as_on_a_tpu_and_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_xla._internal.tpu, "version", lambda: 6)
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+    torch_xla._setup_libtpu_flags()
+    assert tuple(os.environ["LIBTPU_INIT_ARGS"].split()) == FLAGS_OF_TORCH_XLA
+    given = COMPILER_FLAGS[0].replace("true", "false")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    set_flags(COMPILER_FLAGS)
+    set_flags(COMPILER_FLAGS)
+    assert os.environ["LIBTPU_INIT_ARGS"].split() == [*COMPILER_FLAGS, given]
 
 
 def test_fsdp_stays_within_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ logger = logging.getLogger(__name__)
 
 TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
 
-# Gradients are summed over the chips beside products, those of large matrices one by one: by itself libtpu 0.0.21 stops
-# for that, and joins all of a block's to one sum, which is ready last. docs/performance.md has the times.
+# Gradients are summed over the chips by the sparse cores, beside the products, and those of large matrices one by one: by
+# itself libtpu 0.0.21 stops for a sum, and joins all of a block's to one, which is ready last. The multiplier has the
+# scheduler leave them their time. docs/performance.md has the figures.
 COMPILER_FLAGS = (
-    "--xla_enable_async_all_reduce=true",
-    "--xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true",
+    "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "--xla_tpu_sparse_core_all_reduce_offload_min_size_in_bytes=1000",
+    "--xla_tpu_sparse_core_all_reduce_latency_multiplier=4",
     "--xla_jf_crs_combiner_threshold_in_bytes=4000000",
 )
 # Those that torch_xla 2.9 adds when it is imported, for a compiler that is asked without it.
