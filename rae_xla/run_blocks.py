@@ -49,9 +49,9 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     """
 
     def run(blocks: Blocks, prefix: str, values: Values, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
-        used = {name: runtime.as_used(prefix + name, value) for name, value in values.items()}
-        left, own, shared = blocks.ahead(used, runtime.multiplied, *shared)
-        rows, num_given = [*own, *left.values()], len(shared) + len(own)
+        left, own, shared = blocks.ahead(values, runtime.multiplied, *shared)
+        used = [runtime.as_used(prefix + name, value) for name, value in left.items()]
+        rows, num_given = [*own, *used], len(shared) + len(own)
 
         def function(x: Tensor, *others: Tensor) -> Tensor:
             given = [runtime.split_batch(t) if t.requires_grad else t for t in others[:num_given]]

@@ -134,8 +134,8 @@ class Runtime(Protocol):
     def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
         """x [B, D], a batch, by each of the parameters [S, E, D] -> [S, B, E], which stay where they lie.
 
-        Where few rows meet large parameters: each device multiplies its part by the rows of all devices that have the
-        other parts, and they exchange what comes of it.
+        Where few rows meet large parameters: each device multiplies its part of the state by all rows, and devices
+        exchange what comes of it, where else each would gather all weights and sum all of their gradients.
         """
 
     def to_host(self, tree: Tree) -> Tree:

@@ -35,6 +35,8 @@ class MeshConfig(Config):
     """How the devices are arranged: a grid of ``data`` x ``fsdp``; ``data: -1`` takes all that ``fsdp`` leaves.
 
     ``slices``: that many slices share ``data``, so that only gradients cross the slower network between them.
+    ``gather``: parameters are made whole for a ``block`` at a time, forwards and backwards, or all at the beginning of
+    a ``step``: fewer bytes over more links, but no product hides them, and each device has room for all.
     ``rules``: [pattern, dims] in order, the first that matches a parameter's name decides: for each dimension ``fsdp``,
     ``data`` or null. Blocks are ``*`` in names (``blocks.*.attention.qkv.weight``) and have no dimension here. What no
     rule matches is split by the automatic rule: the largest dimension that divides, over ``fsdp``.
@@ -43,6 +45,7 @@ class MeshConfig(Config):
     data: int = -1
     fsdp: int = Field(default=1, ge=1)
     slices: int = Field(default=1, ge=1)
+    gather: Literal["block", "step"] = "block"
     rules: tuple[ShardingRule, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")
@@ -133,9 +136,15 @@ class Sharding:
             return partition
         # Each part in parts of its own, so that no device needs another's.
         dim = partition.index("fsdp")
-        if shape[dim] % math.prod(self.shape):
-            return partition
-        return (*partition[:dim], ("fsdp", "data"), *partition[dim + 1 :])
+        split = list(partition)
+        if shape[dim] % math.prod(self.shape) == 0:
+            split[dim] = ("fsdp", "data")
+            return tuple(split)
+        own = range(1 if is_stacked(name) else 0, len(shape))
+        divisible = [other for other in own if other != dim and shape[other] % self.size("data") == 0]
+        if divisible:
+            split[max(divisible, key=lambda other: shape[other])] = "data"
+        return tuple(split)
 
     def automatic(self, name: str, shape: Sequence[int], *axes: Axis) -> Partition:
         """The largest dimension that divides is split over ``axes``; vectors and small tensors stay whole.

@@ -291,7 +291,7 @@ class ModulatedBlocks(Blocks):
     """`ModulatedBlock`s, all of whose modulations are computed ahead of them where there is one condition a sample.
 
     A third of their parameters make the modulation, of one row a sample: in each block every device would gather what
-    it hardly multiplies. At once it multiplies its own part by the rows of many.
+    it hardly multiplies. At once it multiplies its own part by the rows of all.
     """
 
     def ahead(

@@ -41,6 +41,7 @@ class XLARuntime:
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self.scan = device_scan
+        self._gather = mesh.gather
         self._mesh = Mesh(mesh, grid)
         self.sharding = self._mesh.sharding
         self._device = torch_xla.device()
@@ -122,20 +123,31 @@ class XLARuntime:
         """See `Runtime`. Vectors are never split."""
         if self.num_devices == 1 or tensor.ndim < 3:
             return tensor
-        return self._mesh.gathered(tensor, self.sharding.parameter(name, tensor.shape))
+        once = self._gather == "step"
+        return self._mesh.gathered(
+            tensor, (None,) * tensor.ndim if once else self.sharding.parameter(name, tensor.shape)
+        )
 
     def whole(self, tensor: Tensor) -> Tensor:
         """See `Runtime`. Vectors are never split."""
         if self.num_devices == 1 or tensor.ndim < 2:
             return tensor
-        return self._mesh.gathered(tensor, (None,) * tensor.ndim)
+        whole = (None,) * tensor.ndim
+        if self._gather == "step":
+            # Or gradients would be kept whole too.
+            return self._mesh.gathered(tensor, whole, self.sharding.automatic("", tensor.shape, "fsdp"))
+        return self._mesh.gathered(tensor, whole)
 
     def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
         """See `Runtime`."""
-        if self.num_devices == 1 or weights.shape[1] % self.sharding.size("fsdp"):
+        count, width, _ = weights.shape
+        if self.num_devices == 1 or width % self.num_devices:
             return x @ self.whole(weights).transpose(1, 2)
-        product = self._mesh.marked(x, ("data", None)) @ weights.transpose(1, 2)
-        return self._mesh.marked(self._mesh.marked(product, (None, "data", "fsdp")), (None, AXES, None))
+        # The split dimension first, so that it stays one when the others are joined to it.
+        split: Partition = (("fsdp", "data"), None)
+        joined = self._mesh.marked(weights.transpose(0, 1).flatten(0, 1), split)
+        product = self._mesh.marked(joined @ self._mesh.marked(x, (None, None)).t(), split)
+        return self._mesh.marked(product.unflatten(0, (width, count)).permute(1, 2, 0), (None, AXES, None))
 
     def to_host(self, tree: Tree) -> Tree:
         """See `Runtime`."""

@@ -9,9 +9,9 @@ logger = logging.getLogger(__name__)
 
 TPU_DEVICE_FILES = ("/dev/accel0", "/dev/vfio/0")
 
-# Gradients are summed over the chips by the sparse cores, beside the products, and those of large matrices one by one: by
-# itself libtpu 0.0.21 stops for a sum, and joins all of a block's to one, which is ready last. The multiplier has the
-# scheduler leave them their time. docs/performance.md has the figures.
+# Gradients are summed over the chips by the sparse cores, beside the products, and those of large matrices one by one:
+# by itself libtpu 0.0.21 stops for a sum, and joins all of a block's to one, which is ready last. The multiplier has
+# the scheduler leave them their time. docs/performance.md has the figures.
 COMPILER_FLAGS = (
     "--xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
     "--xla_tpu_sparse_core_all_reduce_offload_min_size_in_bytes=1000",
