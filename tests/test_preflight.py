@@ -319,6 +319,9 @@ def test_transfers_take_their_bytes_over_the_links_of_their_axes() -> None:
     assert math.isclose(links.gather_seconds(gigabytes, everyone), 14e-6 + 9e9 * 63 / 64 / 1.8e11)
     # Every other chip of a row: two groups share its links.
     assert math.isclose(links.gather_seconds(gigabytes, row[::2]), 6e-6 + 2 * 9e9 * 3 / 4 / 9e10)
+    # An all-to-all along a row: four chips send half of what they have to the other four. Then along columns.
+    assert math.isclose(links.exchange_seconds(gigabytes, row), 7e-6 + 4 * 9e9 / 2 / 9e10)
+    assert math.isclose(links.exchange_seconds(gigabytes, everyone), 2 * (7e-6 + 0.2))
     # A ring of a row: the way back from its end passes every link.
     assert math.isclose(links.permutation_seconds(gigabytes, [[x, (x + 1) % 8] for x in row]), 7e-6 + 0.1)
     ring = Links(topology("v6e-256"), [[x, y, 0] for y in range(16) for x in range(16)])

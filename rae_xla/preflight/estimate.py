@@ -181,11 +181,13 @@ class Estimator:
         if computation.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         label = f"{kind} over {self._axis(groups[0])}"
-        # What the group has or makes together, how often it goes round, and how much of that each chip sends.
-        together = num_bytes * size if kind in ("all-gather", "all-to-all") else num_bytes
-        rounds = {"all-reduce": 2.0, "all-to-all": 0.25}.get(kind, 1.0)
-        sent = num_bytes if kind == "all-to-all" else rounds * together
-        return label, round(sent * (size - 1) / size), rounds * self._links.gather_seconds(together, groups[0])
+        if kind == "all-to-all":
+            return label, round(num_bytes * (size - 1) / size), self._links.exchange_seconds(num_bytes, groups[0])
+        # What the group has or makes together, and how often it goes round.
+        together = num_bytes * size if kind == "all-gather" else num_bytes
+        rounds = 2.0 if kind == "all-reduce" else 1.0
+        sent = round(rounds * together * (size - 1) / size)
+        return label, sent, rounds * self._links.gather_seconds(together, groups[0])
 
     def _axis(self, group: list[int]) -> str:
         of_fsdp, of_data = self._mesh

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 from rae_xla.topologies import Topology
 
 SECONDS_A_HOP = 1e-6
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Of an axis, the positions that a group has there, bytes a second that each can get along it, and its length."""
+
+    count: int
+    speed: float
+    hops: float
 
 
 class Links:
@@ -23,24 +33,36 @@ class Links:
         The axes that a group spans are used together; chips that lie ``n`` apart share their links with ``n`` groups.
         Between slices, each chip sends what its slice has of its part.
         """
-        chip, topology = self._topology.chip, self._topology
+        num_slices, spans = self._spans(group)
+        size = len(group) // num_slices
+        seconds = sum(span.hops for span in spans) * SECONDS_A_HOP
+        if spans:
+            seconds += num_bytes * (size - 1) / size / sum(span.speed for span in spans)
+        return seconds + num_bytes * (num_slices - 1) / num_slices / size / self._topology.chip.dcn_bandwidth
+
+    def exchange_seconds(self, num_bytes: int, group: list[int]) -> float:
+        """Of an all-to-all of so many bytes on each chip of a group, all groups at once; one axis after the other.
+
+        Half of what half the chips of a line have crosses its middle, each way; a ring has two middles.
+        """
+        num_slices, spans = self._spans(group)
+        seconds = sum(span.hops * SECONDS_A_HOP + num_bytes * span.count / 4 / span.speed for span in spans)
+        return seconds + num_bytes * (num_slices - 1) / num_slices / self._topology.chip.dcn_bandwidth
+
+    def _spans(self, group: list[int]) -> tuple[int, list[_Span]]:
+        """The slices that a group lies in, and the axes of one that it spans."""
+        topology = self._topology
         slices = {device // topology.chips_per_slice for device in group}
-        size = len(group) // len(slices)
         places = [self._coordinates[device] for device in group if device // topology.chips_per_slice == min(slices)]
-        speed, hops = 0.0, 0.0
+        spans = []
         for axis, (side, wraps) in enumerate(zip(topology.shape, topology.wraps, strict=True)):
             positions = sorted({place[axis] for place in places})
             if len(positions) > 1:
                 apart = (positions[-1] - positions[0]) / (len(positions) - 1)
                 is_ring = wraps and apart * len(positions) == side
-                speed += chip.link_bandwidth * (2 if is_ring else 1) / apart
-                hops += side / 2 if is_ring else positions[-1] - positions[0]
-        seconds = hops * SECONDS_A_HOP
-        if speed:
-            seconds += num_bytes * (size - 1) / size / speed
-        if len(slices) > 1:
-            seconds += num_bytes * (len(slices) - 1) / len(slices) / size / chip.dcn_bandwidth
-        return seconds
+                speed = topology.chip.link_bandwidth * (2 if is_ring else 1) / apart
+                spans.append(_Span(len(positions), speed, side / 2 if is_ring else positions[-1] - positions[0]))
+        return len(slices), spans
 
     def permutation_seconds(self, num_bytes: int, pairs: list[list[int]]) -> float:
         """Of so many bytes from each sender to its receiver: the busiest link's load; one axis after the other."""
