@@ -35,8 +35,6 @@ class MeshConfig(Config):
     """How the devices are arranged: a grid of ``data`` x ``fsdp``; ``data: -1`` takes all that ``fsdp`` leaves.
 
     ``slices``: that many slices share ``data``, so that only gradients cross the slower network between them.
-    ``gather``: parameters are made whole for a ``block`` at a time, forwards and backwards, or all at the beginning of
-    a ``step``: fewer bytes over more links, but no product hides them, and each device has room for all.
     ``rules``: [pattern, dims] in order, the first that matches a parameter's name decides: for each dimension ``fsdp``,
     ``data`` or null. Blocks are ``*`` in names (``blocks.*.attention.qkv.weight``) and have no dimension here. What no
     rule matches is split by the automatic rule: the largest dimension that divides, over ``fsdp``.
@@ -45,7 +43,6 @@ class MeshConfig(Config):
     data: int = -1
     fsdp: int = Field(default=1, ge=1)
     slices: int = Field(default=1, ge=1)
-    gather: Literal["block", "step"] = "block"
     rules: tuple[ShardingRule, ...] = Field(default=(), strict=False)
 
     @model_validator(mode="after")

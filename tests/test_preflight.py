@@ -168,7 +168,7 @@ def test_every_shipped_recipe_splits_its_batch_and_gathers_its_parameters(
     compiled = shipped[which]
     module = compiled.module
     assert compiled.traced["num_images"] == IMAGES
-    layout = layout_of(module, compiled.traced, 8)
+    layout = layout_of(module, compiled.traced, compiled.compiled["bytes"], 8)
     assert layout.results_checked and layout.problems() == [], layout
     rows = {
         i.arrays[0].sizes[0]
@@ -199,8 +199,8 @@ def test_a_batch_left_whole_is_told_with_its_allocation(tmp_path: Path, cache: P
     assert done.returncode == 0, done.stderr[-2000:]
     done = run_python("-m", "rae_xla.xla.tpu_compiler", str(tmp_path))
     assert done.returncode == 0, done.stderr[-2000:]
-    traced = json.loads((tmp_path / "traced.json").read_text())
-    problems = layout_of(Module((tmp_path / "compiled.hlo").read_text()), traced, 8).problems()
+    traced, compiled = [json.loads((tmp_path / f"{name}.json").read_text()) for name in ("traced", "compiled")]
+    problems = layout_of(Module((tmp_path / "compiled.hlo").read_text()), traced, compiled["bytes"], 8).problems()
     told = f"batch['images'] (uint8 [{IMAGES}, 32, 32, 3], 0.001 GiB) is not split: every chip holds all of it"
     assert told in problems, problems
 

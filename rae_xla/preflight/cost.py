@@ -84,7 +84,9 @@ def cost_of(compiled: Compiled, flops_per_image: float, num_images_of_run: int |
             for kind, num_bytes in sorted(estimate.bytes_by_collective.items())
         ],
         "largest_allocations": _largest(arguments),
-        "layout_problems": layout_of(module, compiled.traced, topology.num_chips).problems(),
+        "layout_problems": layout_of(
+            module, compiled.traced, compiled.compiled["bytes"], topology.num_chips
+        ).problems(),
         **_where_time_goes(module, chip.clock),
     }
     if num_images_of_run is not None:

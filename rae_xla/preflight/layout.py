@@ -9,8 +9,9 @@ from typing import Any
 
 from rae_xla.preflight.hlo import NAMES, Instruction, Module
 
-# Labels and positions of the whole batch are nothing to a chip; features of every image are.
-FEATURES = 64
+# Of a program's memory: labels, positions and conditions of the whole batch are nothing to a chip, features of every
+# image are.
+SMALLEST_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Layout:
         return lines
 
 
-def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
-    """``traced``: see `rae_xla.preflight.trace_worker`.
+def layout_of(module: Module, traced: dict[str, Any], sizes: dict[str, int], num_chips: int) -> Layout:
+    """``traced``: see `rae_xla.preflight.trace_worker`; ``sizes``: the compiler's, in bytes a chip.
 
     Results are recognised by a dimension of the batch's size; where parameters have that size too, none is.
     """
@@ -68,9 +69,10 @@ def layout_of(module: Module, traced: dict[str, Any], num_chips: int) -> Layout:
         for argument in traced["arguments"]
         if argument["name"].startswith(("state['parameters']", "frozen")) and argument["sharding"] != "{replicated}"
     )
+    smallest = SMALLEST_SHARE * (sizes["arguments"] + sizes["temporaries"])
     whole, gathered, seen = [], 0, set()
     for instruction, times in module.runs():
-        if is_telling and instruction.opcode not in (*NAMES, "while") and _is_of_all(instruction, num_images):
+        if is_telling and instruction.opcode not in (*NAMES, "while") and _is_of_all(instruction, num_images, smallest):
             whole.append(instruction)
         found = module.collective(instruction)
         if found and found[0].opcode.startswith("all-gather") and found[0].channel not in seen:
@@ -87,9 +89,8 @@ def _part(argument: dict[str, Any]) -> list[int]:
     return [-(-size // int(tile)) for size, tile in zip(argument["shape"], tiles[1].split(","), strict=False)]
 
 
-def _is_of_all(instruction: Instruction, num_images: int) -> bool:
-    arrays = instruction.arrays
-    return any(num_images in array.sizes and array.num_elements >= FEATURES * num_images for array in arrays)
+def _is_of_all(instruction: Instruction, num_images: int, smallest: float) -> bool:
+    return any(num_images in array.sizes and array.bytes >= smallest for array in instruction.arrays)
 
 
 def _bytes(instruction: Instruction) -> int:

@@ -72,9 +72,9 @@ class Mesh:
         marked: Tensor = _Marked.apply(tensor, self.devices, partition)
         return marked
 
-    def gathered(self, tensor: Tensor, partition: Partition, of_gradient: Partition | None = None) -> Tensor:
-        """The same values, and word to the compiler how they are to lie, and their gradient, if anything is said."""
-        gathered: Tensor = _Gathered.apply(tensor, self.devices, partition, of_gradient)
+    def gathered(self, tensor: Tensor, partition: Partition) -> Tensor:
+        """The same values, and word to the compiler that they are to lie so; nothing about the gradient."""
+        gathered: Tensor = _Gathered.apply(tensor, self.devices, partition)
         return gathered
 
 
@@ -148,17 +148,13 @@ class _Marked(torch.autograd.Function):
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, tensor: Tensor, devices: xs.Mesh, partition: Partition, of_gradient: Partition | None
-    ) -> Tensor:
-        ctx.where = devices, of_gradient
+    def forward(ctx: Any, tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:
         return _copy_at(tensor, devices, partition)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        devices, partition = ctx.where
-        # By default summed over the batch's parts and split as the parameter is, the way the compiler finds best.
-        return gradient if partition is None else _copy_at(gradient, devices, partition), None, None, None
+        # Summed over the batch's parts and split as the parameter is, whichever way the compiler finds best.
+        return gradient, None, None
 
 
 def _copy_at(tensor: Tensor, devices: xs.Mesh, partition: Partition) -> Tensor:

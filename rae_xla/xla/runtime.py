@@ -41,7 +41,6 @@ class XLARuntime:
         self.precision = precision
         self.compute_dtype = compute_dtype(precision)
         self.scan = device_scan
-        self._gather = mesh.gather
         self._mesh = Mesh(mesh, grid)
         self.sharding = self._mesh.sharding
         self._device = torch_xla.device()
@@ -123,20 +122,13 @@ class XLARuntime:
         """See `Runtime`. Vectors are never split."""
         if self.num_devices == 1 or tensor.ndim < 3:
             return tensor
-        once = self._gather == "step"
-        return self._mesh.gathered(
-            tensor, (None,) * tensor.ndim if once else self.sharding.parameter(name, tensor.shape)
-        )
+        return self._mesh.gathered(tensor, self.sharding.parameter(name, tensor.shape))
 
     def whole(self, tensor: Tensor) -> Tensor:
         """See `Runtime`. Vectors are never split."""
         if self.num_devices == 1 or tensor.ndim < 2:
             return tensor
-        whole = (None,) * tensor.ndim
-        if self._gather == "step":
-            # Or gradients would be kept whole too.
-            return self._mesh.gathered(tensor, whole, self.sharding.automatic("", tensor.shape, "fsdp"))
-        return self._mesh.gathered(tensor, whole)
+        return self._mesh.gathered(tensor, (None,) * tensor.ndim)
 
     def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
         """See `Runtime`."""
