@@ -50,12 +50,14 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
 
     def run(blocks: Blocks, prefix: str, values: Values, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
         left, own, shared = blocks.ahead(values, runtime.multiplied, *shared)
-        used = [runtime.as_used(prefix + name, value) for name, value in left.items()]
-        rows, num_given = [*own, *used], len(shared) + len(own)
+        if torch.is_grad_enabled():
+            # A state's, and none that lies as the rules for another do not say.
+            left = {name: runtime.as_used(prefix + name, value) for name, value in left.items()}
+        names, rows, num_given = list(left), [*own, *left.values()], len(shared) + len(own)
 
         def function(x: Tensor, *others: Tensor) -> Tensor:
             given = [runtime.split_batch(t) if t.requires_grad else t for t in others[:num_given]]
-            whole = {n: runtime.whole(value) for n, value in zip(left, others[num_given:], strict=True)}
+            whole = {n: runtime.whole(value) for n, value in zip(names, others[num_given:], strict=True)}
             inputs = x, *given[len(shared) :], *given[: len(shared)]
             return runtime.split_batch(functional_call(blocks[0], whole, inputs))
 

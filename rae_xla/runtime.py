@@ -123,7 +123,7 @@ class Runtime(Protocol):
         """The same values, and word to the compiler that the first dimension lies like a batch's; with gradients."""
 
     def as_used(self, name: str, tensor: Tensor) -> Tensor:
-        """A state's parameter of all blocks, cast, in the larger parts in which it lies for the length of a step."""
+        """A state's parameter of all blocks, cast, in the larger parts in which it lies in a step: over ``fsdp``."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         """The same values, and word to the compiler that each device needs all of them: a parameter, where it is used.
@@ -131,8 +131,8 @@ class Runtime(Protocol):
         Left to itself it splits products along a parameter's parts, and moves activations in place of parameters.
         """
 
-    def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
-        """x [B, D], a batch, by each of the parameters [S, E, D] -> [S, B, E], which stay where they lie.
+    def multiplied(self, x: Tensor, weights: Tensor) -> Tensor | None:
+        """x [B, D], a batch, by each of a state's parameters [S, E, D] -> [S, B, E]; nothing if E does not divide.
 
         Where few rows meet large parameters: each device multiplies its part of the state by all rows, and devices
         exchange what comes of it, where else each would gather all weights and sum all of their gradients.

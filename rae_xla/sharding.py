@@ -34,7 +34,8 @@ ShardingRule = Annotated[tuple[str, Annotated[tuple[Axis | None, ...], Field(str
 class MeshConfig(Config):
     """How the devices are arranged: a grid of ``data`` x ``fsdp``; ``data: -1`` takes all that ``fsdp`` leaves.
 
-    ``slices``: that many slices share ``data``, so that only gradients cross the slower network between them.
+    ``slices``: that many slices share ``data``, so that only gradients and new parameters cross the slower network
+    between them.
     ``rules``: [pattern, dims] in order, the first that matches a parameter's name decides: for each dimension ``fsdp``,
     ``data`` or null. Blocks are ``*`` in names (``blocks.*.attention.qkv.weight``) and have no dimension here. What no
     rule matches is split by the automatic rule: the largest dimension that divides, over ``fsdp``.
@@ -117,12 +118,12 @@ class Sharding:
         return self.automatic(name, shape, "fsdp")
 
     def of_state(self, path: Sequence[str], shape: Sequence[int]) -> Partition:
-        """Of a leaf of a training state: (..., part of the state, name of a parameter that it belongs to).
+        """Of a leaf of a training state: (..., part of the state, name of a parameter that it belongs to)."""
+        return self.of_model(path[:-2]).between_steps(path[-1], shape)
 
-        Rules are about the model that is trained, not about a discriminator beside it.
-        """
-        sharding = self if len(path) <= 2 else replace(self, rules=())
-        return sharding.between_steps(path[-1], shape)
+    def of_model(self, path: Sequence[str]) -> Sharding:
+        """For the model whose state is at ``path`` in a training's: rules are about the one at its top."""
+        return replace(self, rules=()) if path else self
 
     def between_steps(self, name: str, shape: Sequence[int]) -> Partition:
         """Of a parameter, its moments and its average in the state: split on over the axes that it is whole along."""
@@ -236,7 +237,8 @@ def _rows_of_state(
     for name, tensor in state["parameters"].items():
         between = sharding.of_state((*path, "parameters", name), tensor.shape)
         gib = sum(_gib(tensors[name]) for tensors in belonging if name in tensors) / sharding.parts(between)
-        rows.append((": ".join((*path, name)), tensor, between, sharding.parameter(name, tensor.shape), gib))
+        within_step = sharding.of_model(path).parameter(name, tensor.shape)
+        rows.append((": ".join((*path, name)), tensor, between, within_step, gib))
     for part, within in state.items():
         if isinstance(within, Mapping) and "parameters" in within:
             rows += _rows_of_state(sharding, within, (*path, part))

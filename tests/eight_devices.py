@@ -124,6 +124,28 @@ def golden_differences(runtime: Runtime) -> dict[str, float]:
     return found
 
 
+def multiplied_differs(runtime: Runtime) -> float:
+    """How far products with many matrices at once, and their gradients, are from those of one device."""
+    generator = torch.Generator().manual_seed(0)
+    x, weights, gradient = [torch.randn(*s, generator=generator) for s in ((16, 12), (3, 24, 12), (3, 16, 24))]
+
+    def made_by(runtime: Runtime) -> dict[str, torch.Tensor]:
+        def products(state, frozen, batch):
+            given = [batch["x"].detach().requires_grad_(), frozen["weights"].detach().requires_grad_()]
+            with torch.enable_grad():
+                product = runtime.multiplied(*given)
+            assert product is not None and runtime.multiplied(given[0], given[1][:, :-1]) is None
+            return state, [product.detach(), *torch.autograd.grad(product, given, frozen["gradient"])]
+
+        frozen = runtime.place_frozen({"weights": weights, "gradient": gradient})
+        return runtime.to_host(runtime.compile(products, "products")({}, frozen, runtime.place_batch({"x": x}))[1])
+
+    at_hand = x.requires_grad_(), weights.requires_grad_()
+    product = at_hand[0] @ at_hand[1].transpose(1, 2)
+    expected = [product.detach(), *torch.autograd.grad(product, at_hand, gradient)]
+    return max(float((a - b).abs().max()) for a, b in zip(made_by(runtime), expected, strict=True))
+
+
 def complaint_about_sharding(runtime: Runtime) -> str:
     def total(state, frozen, batch):
         return {"sum": state["sum"] + batch["x"].sum()}, {"scaled": frozen["scale"] * batch["x"]}
@@ -156,6 +178,7 @@ if __name__ == "__main__":
         "streamed_in_parts": streamed_batch_lies_in_parts(runtime, directory / "shards"),
         "rows_in_order": rows_are_in_order(runtime),
         "golden": golden_differences(runtime),
+        "multiplied_differs": [multiplied_differs(create("xla", MeshConfig(fsdp=n), "fp32")) for n in (1, 4, 8)],
         "complaint": complaint_about_sharding(runtime),
     }
     (directory / "found.json").write_text(json.dumps(found))

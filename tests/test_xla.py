@@ -15,6 +15,7 @@ import torch_xla.runtime as xr
 from mesh_cases import batch, loss, small_model
 from torch.utils._pytree import tree_leaves
 
+from rae_xla.compiler_flags import VARIABLE, flags_of_torch_xla, our_flags
 from rae_xla.errors import UserError
 from rae_xla.models.functional import buffers_of
 from rae_xla.random import Purpose, normal
@@ -26,7 +27,7 @@ from rae_xla.training.optimizer import OptimizerConfig
 from rae_xla.training.tasks import train
 from rae_xla.training.update import initial_state, make_update
 from rae_xla.xla.mesh import Mesh
-from rae_xla.xla.start import COMPILER_FLAGS, FLAGS_OF_TORCH_XLA, set_flags
+from rae_xla.xla.start import set_compiler
 
 
 @pytest.fixture(scope="module")
@@ -287,16 +288,31 @@ def test_a_scan_is_one_block_and_counts_in_32_bits(programs: dict) -> None:
         assert [counter.rstrip(",") for counter in loops] == ["s32[]"] * 4, loops
 
 
-def test_the_compiler_is_set_as_on_a_tpu_and_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_xla._internal.tpu, "version", lambda: 6)
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", "")
+@pytest.mark.parametrize(("version", "generation"), [(4, "v4"), (5, "v5p"), (5, "v5litepod"), (6, "v6e")])
+def test_preflights_compiler_is_set_as_torch_xla_sets_it(
+    version: int, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_xla._internal.tpu, "version", lambda: version)
+    monkeypatch.setenv(VARIABLE, "")
     torch_xla._setup_libtpu_flags()
-    assert tuple(os.environ["LIBTPU_INIT_ARGS"].split()) == FLAGS_OF_TORCH_XLA
-    given = COMPILER_FLAGS[0].replace("true", "false")
-    monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
-    set_flags(COMPILER_FLAGS)
-    set_flags(COMPILER_FLAGS)
-    assert os.environ["LIBTPU_INIT_ARGS"].split() == [*COMPILER_FLAGS, given]
+    assert tuple(os.environ[VARIABLE].split()) == flags_of_torch_xla(generation)
+
+
+def test_a_v6es_compiler_is_set_and_the_user_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_xla._internal.tpu, "version", lambda: 6)
+    given = our_flags("v6e")[0].replace("true", "false")
+    monkeypatch.setenv(VARIABLE, given)
+    monkeypatch.setenv("PJRT_DEVICE", "CPU")
+    set_compiler()
+    assert os.environ[VARIABLE] == given
+    monkeypatch.setenv("PJRT_DEVICE", "TPU")
+    set_compiler()
+    set_compiler()
+    assert os.environ[VARIABLE].split() == [*our_flags("v6e"), given]
+    monkeypatch.setattr(torch_xla._internal.tpu, "version", lambda: 5)
+    monkeypatch.setenv(VARIABLE, "")
+    set_compiler()
+    assert os.environ[VARIABLE] == ""
 
 
 def test_fsdp_stays_within_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from rae_xla.flow.guidance import NoGuidance, Velocity
 from rae_xla.flow.sampler import SamplerConfig, Solver
 from rae_xla.flow.schedule import sampling_times
 from rae_xla.models.functional import call, tensors_of
+from rae_xla.run_blocks import ComputeConfig, make_run_blocks
 from rae_xla.runtime import create
 from rae_xla.sharding import MeshConfig
 
@@ -40,8 +41,10 @@ def sampler_overhead(name: str, *, depth_only: bool, num_images: int) -> dict[st
     config = SamplerConfig(batch_size=num_images)
     solver = Solver(config, sampling_times(config.num_grid_points, 1.0, end_at_zero=False), NoGuidance())
 
+    run_blocks = make_run_blocks(ComputeConfig(blocks="scan"), runtime)
+
     def velocity_of(weights: Any, guided: bool) -> Velocity:
-        return lambda x, t, labels: call(module, weights, runtime, x, t, labels)
+        return lambda x, t, labels: call(module, weights, runtime, x, t, labels, run_blocks=run_blocks)
 
     def whole(state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
@@ -52,7 +55,7 @@ def sampler_overhead(name: str, *, depth_only: bool, num_images: int) -> dict[st
     def one_step(state: Any, frozen: Any, batch: Any) -> tuple[Any, dict[str, Tensor]]:
         with torch.no_grad():
             x, times = state["x"], batch["now"].expand(num_images)
-            velocity = velocity_of(frozen["model"], False)(x, times, batch["labels"])
+            velocity = call(module, frozen["model"], runtime, x, times, batch["labels"])
             return {"x": x + (batch["then"] - batch["now"]) * velocity}, {}
 
     frozen = runtime.place_frozen({"model": tensors_of(module), "grid": {"intervals": solver.intervals}})

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 Values = dict[str, Tensor]
 """Parameters of a block by name, those of all blocks stacked along a new first dimension."""
-Multiply = Callable[[Tensor, Tensor], Tensor]
-"""x [B, D] by each of the weights [S, E, D] -> [S, B, E]; see `rae_xla.runtime.Runtime.multiplied`."""
+Multiply = Callable[[Tensor, Tensor], Tensor | None]
+"""x [B, D] by each of the weights [S, E, D] -> [S, B, E], or nothing; see `rae_xla.runtime.Runtime.multiplied`."""
 
 
 class Blocks(nn.ModuleList):
@@ -21,9 +21,10 @@ class Blocks(nn.ModuleList):
     def ahead(
         self, values: Values, multiply: Multiply, *shared: Tensor
     ) -> tuple[Values, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """What is better done for all blocks at once than in each: the values left for them, their own inputs, shared.
+        """What is better done for all blocks at once than in each; by default nothing.
 
-        By default nothing is.
+        Returns the values left for the blocks, inputs of their own, stacked like values, and those that they share: a
+        block is then called with (x, *own, *shared).
         """
         return values, (), shared
 

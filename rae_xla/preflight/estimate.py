@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rae_xla.preflight.hlo import COLLECTIVES, NAMES, Computation, Instruction, Module
+from rae_xla.preflight.hlo import NAMES, Computation, Instruction, Module
 from rae_xla.preflight.links import Links
 from rae_xla.topologies import Topology
 
@@ -73,6 +73,7 @@ class Estimator:
     def _run(self, computation: Computation, now: float) -> float:
         """The time when a computation that starts ``now`` is over."""
         arrives: dict[str, float] = {}
+        from_memory: set[str] = set()
         for instruction in computation.instructions:
             opcode = instruction.opcode
             collective = self._module.collective(instruction)
@@ -96,10 +97,10 @@ class Estimator:
                 else:
                     seconds = self._copied(instruction) / self._chip.hbm_bandwidth
                     arrives[instruction.name] = self._start("memory", now, instruction, seconds)
+                    from_memory.add(instruction.name)
             elif opcode.endswith("-done"):
-                # Calls are of the sparse cores, which sum gradients beside the core.
-                is_between_chips = opcode.startswith(COLLECTIVES) or opcode in ("async-done", "call-done")
-                now = self._wait(now, arrives.get(instruction.operands[0], now), of_memory=not is_between_chips)
+                started = instruction.operands[0]
+                now = self._wait(now, arrives.get(started, now), of_memory=started in from_memory)
             elif collective and (opcode != "fusion" or instruction.cycles is None):
                 now = self._wait(now, self._start("links", now, instruction, self._transfer(*collective)))
             else:

@@ -17,6 +17,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from rae_xla.compiler_flags import VARIABLE, flags_of_torch_xla, our_flags, with_flags
 from rae_xla.errors import UserError
 from rae_xla.preflight.estimate import Estimate, Estimator
 from rae_xla.preflight.hlo import Module
@@ -25,8 +26,8 @@ from rae_xla.topologies import Topology
 
 logger = logging.getLogger(__name__)
 
-# Of what the workers leave, and of the compiler's own settings: an older cache is not read.
-FORMAT = 5
+# Of what the workers leave: an older cache is not read.
+FORMAT = 4
 DEFAULT_CACHE = Path.home() / ".cache" / "rae_xla" / "preflight"
 # The names of operations are kept only if this is set before torch_xla starts.
 TRACING = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "1", "XLA_HLO_DEBUG": "1"}
@@ -107,7 +108,8 @@ def check_compiler() -> None:
 def compile_all(groups: list[list[Job]], cache: Path, num_workers: int) -> list[Compiled]:
     """Trace and compile, so many groups at once, or take what is in ``cache`` of the same program; in the jobs' order.
 
-    Jobs of a group share their processes, whose start takes longer than to trace and compile a small program.
+    Jobs of a group are for one slice. They share their processes, whose start takes longer than to trace and compile a
+    small program.
 
     Raises:
         UserError: the recipe does not fit a slice, or the compiler is missing.
@@ -135,12 +137,14 @@ def _compiled(group: list[Job], cache: Path) -> list[Compiled]:
         logger.info("%s: tracing", title)
         _run_worker("rae_xla.preflight.trace_worker", directories, {**os.environ, **TRACING}, title)
         traced = [json.loads((directory / "traced.json").read_text()) for directory in directories]
-        kept = [cache / _key(directory) for directory in directories]
+        [generation] = {job.topology.generation for job in group}
+        flags = with_flags(os.environ.get(VARIABLE, ""), (*flags_of_torch_xla(generation), *our_flags(generation)))
+        kept = [cache / _key(directory, flags) for directory in directories]
         new = {place: directory for place, directory in zip(kept, directories, strict=True) if not _is_kept(place)}
         seconds = sum(found["seconds"] for found in traced)
         if new:
             logger.info("%s: traced in %.0f s; compiling, which takes minutes", title, seconds)
-            _run_worker("rae_xla.xla.tpu_compiler", list(new.values()), dict(os.environ), title)
+            _run_worker("rae_xla.xla.tpu_compiler", list(new.values()), {**os.environ, VARIABLE: flags}, title)
         else:
             logger.info("%s: compiled before", title)
         for place, directory in new.items():
@@ -168,13 +172,13 @@ def _keep(directory: Path, kept: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _key(directory: Path) -> str:
+def _key(directory: Path, flags: str) -> str:
     """Of all that decides what the compiler makes: the program, where it is to run, how, and by which compiler."""
     job, traced = [json.loads((directory / name).read_text()) for name in ("job.json", "traced.json")]
     settings = [job["topology"], job["topology_options"], job["quick"]]
     versions = [FORMAT, *[metadata.version(name) for name in ("libtpu", "jaxlib")]]
-    flags = [os.environ.get(name, "") for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS")]
-    content = json.dumps([traced["arguments"], settings, versions, flags], sort_keys=True).encode()
+    all_flags = [flags, os.environ.get("XLA_FLAGS", "")]
+    content = json.dumps([traced["arguments"], settings, versions, all_flags], sort_keys=True).encode()
     return hashlib.sha256(content + (directory / "program.pb").read_bytes()).hexdigest()[:32]
 
 

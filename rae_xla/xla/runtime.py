@@ -21,6 +21,7 @@ from rae_xla.sharding import AXES, MeshConfig, Partition
 from rae_xla.xla.mesh import Mesh, copied
 from rae_xla.xla.products import multiply_float32
 from rae_xla.xla.scan import device_scan
+from rae_xla.xla.start import set_compiler
 from rae_xla.xla.step import CompiledStep
 
 
@@ -30,6 +31,7 @@ class XLARuntime:
     name = "xla"
 
     def __init__(self, mesh: MeshConfig, precision: Precision, grid: Sequence[int] | None = None) -> None:
+        set_compiler()
         xr.use_spmd()
         self.num_devices = xr.global_runtime_device_count()
         self.process_index = xr.process_index()
@@ -42,6 +44,7 @@ class XLARuntime:
         self.compute_dtype = compute_dtype(precision)
         self.scan = device_scan
         self._mesh = Mesh(mesh, grid)
+        self._num_slices = mesh.slices
         self.sharding = self._mesh.sharding
         self._device = torch_xla.device()
         # Global to the process.
@@ -130,11 +133,14 @@ class XLARuntime:
             return tensor
         return self._mesh.gathered(tensor, (None,) * tensor.ndim)
 
-    def multiplied(self, x: Tensor, weights: Tensor) -> Tensor:
+    def multiplied(self, x: Tensor, weights: Tensor) -> Tensor | None:
         """See `Runtime`."""
         count, width, _ = weights.shape
-        if self.num_devices == 1 or width % self.num_devices:
-            return x @ self.whole(weights).transpose(1, 2)
+        if self.num_devices == 1:
+            return x @ weights.transpose(1, 2)
+        # Over the network between slices an exchange in each pass would take longer than it saves.
+        if self._num_slices > 1 or width % self.num_devices:
+            return None
         # The split dimension first, so that it stays one when the others are joined to it.
         split: Partition = (("fsdp", "data"), None)
         joined = self._mesh.marked(weights.transpose(0, 1).flatten(0, 1), split)

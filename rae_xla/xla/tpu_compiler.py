@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rae_xla.xla.start import COMPILER_FLAGS, FLAGS_OF_TORCH_XLA, set_flags
-
 # Another process may have libtpu open; nothing is to be asked about the machine's own TPU, or for one.
 ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # libtpu 0.0.21 aborts where these are set.
@@ -90,7 +88,6 @@ def _with_arguments(hlo: bytes, arguments: list[dict[str, Any]]) -> bytes:
 
 if __name__ == "__main__":
     os.environ.update(ENVIRONMENT)
-    set_flags((*FLAGS_OF_TORCH_XLA, *COMPILER_FLAGS))
     for variable in NOT_IN_ENVIRONMENT:
         os.environ.pop(variable, None)
     for argument in sys.argv[1:]:
