@@ -232,7 +232,9 @@ class _Scanned(torch.autograd.Function):
 
         def body(x: Tensor, own: Tensors, shared: Tensors) -> tuple[Tensor, Tensors]:
             output, kept = keeper.forward(function, [x, *shared, *own], ctx.needed)
-            return output, [x, *kept]
+            # Left to itself the compiler splits what is stacked like the parameters, and moves it for each block.
+            like_batch = [runtime.split_batch(t) if t.ndim and len(t) == len(x) else t for t in kept]
+            return output, [x, *like_batch]
 
         output, saved = runtime.scan(body, x, values, shared)
         ctx.call = function, keeper, runtime, num_shared, len(inputs)
