@@ -211,16 +211,17 @@ def is_stacked(name: str) -> bool:
 def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str, Any]) -> str:
     """A row for each parameter and each frozen tensor: shape, how it is split, and GiB a chip; then the sums.
 
-    A parameter's row counts its average and moments too, which lie as it does between steps.
+    A parameter's row counts its average and moments too, which lie as it does between steps. In a step those of blocks
+    lie otherwise until each block gathers its own, but for the modulation that is computed ahead.
     """
     rows = _rows_of_state(sharding, state, ())
     for part, tensors in frozen.items():
         for name, tensor in tensors.items():
             own = sharding.automatic(name, tensor.shape, "fsdp")
-            rows.append((f"{part}: {name}", tensor, own, own, _gib(tensor) / sharding.parts(own)))
-    header = ("name", "shape", "between steps", "in a step", "GiB a chip")
+            rows.append((f"{part}: {name}", tensor, own, "", _gib(tensor) / sharding.parts(own)))
+    header = ("name", "shape", "split", "in a step", "GiB a chip")
     cells = [
-        (name, "x".join(map(str, t.shape)) or "scalar", _described(between), _described(within), f"{gib:.6f}")
+        (name, "x".join(map(str, t.shape)) or "scalar", _described(between), within, f"{gib:.6f}")
         for name, t, between, within, gib in rows
     ]
     widths = [max(len(row[column]) for row in [header, *cells]) for column in range(len(header))]
@@ -231,14 +232,14 @@ def explained(sharding: Sharding, state: Mapping[str, Any], frozen: Mapping[str,
 
 def _rows_of_state(
     sharding: Sharding, state: Mapping[str, Any], path: tuple[str, ...]
-) -> list[tuple[str, Any, Partition, Partition, float]]:
-    rows: list[tuple[str, Any, Partition, Partition, float]] = []
+) -> list[tuple[str, Any, Partition, str, float]]:
+    rows: list[tuple[str, Any, Partition, str, float]] = []
     belonging = [tensors for tensors in state.values() if isinstance(tensors, Mapping) and "parameters" not in tensors]
     for name, tensor in state["parameters"].items():
         between = sharding.of_state((*path, "parameters", name), tensor.shape)
         gib = sum(_gib(tensors[name]) for tensors in belonging if name in tensors) / sharding.parts(between)
-        within_step = sharding.of_model(path).parameter(name, tensor.shape)
-        rows.append((": ".join((*path, name)), tensor, between, within_step, gib))
+        within = _described(sharding.of_model(path).parameter(name, tensor.shape)) if is_stacked(name) else ""
+        rows.append((": ".join((*path, name)), tensor, between, within, gib))
     for part, within in state.items():
         if isinstance(within, Mapping) and "parameters" in within:
             rows += _rows_of_state(sharding, within, (*path, part))

@@ -148,16 +148,16 @@ def test_explained_sums_what_a_chip_holds() -> None:
     text = explained(Sharding((1, 4)), state, frozen)
     numbers = 4 * (256 * 128 / 4 + 128) + 1024 * 256 / 4
     assert f"in all {4 * numbers / 2**30:.4f} GiB a chip" in text
-    assert re.search(r"weight +128x256 +dim 1 over fsdp +dim 1 over fsdp", text)
+    assert re.search(r"weight +128x256 +dim 1 over fsdp +0", text)
     assert re.search(r"encoder: table +1024x256 +dim 0 over fsdp", text)
 
 
 def test_rules_are_not_about_what_is_beside_the_model() -> None:
     rules = MeshConfig.model_validate({"rules": [["*weight", ["fsdp", None]]]}).rules
-    state = {"parameters": {"weight": torch.zeros(256, 128)}}
+    state = {"parameters": {"b.*.weight": torch.zeros(2, 256, 128)}}
     beside = {"discriminator": {"parameters": {"conv.weight": torch.zeros(64, 64, 8)}}}
     text = explained(Sharding((1, 4), rules), {**state, **beside}, {})
-    assert re.search(r"\nweight +256x128 +dim 0 over fsdp +dim 0 over fsdp", text)
+    assert re.search(r"b.*.weight +2x256x128 +dim 1 over fsdp +dim 1 over fsdp", text)
     assert re.search(r"discriminator: conv.weight +64x64x8 +dim 0 over fsdp", text)
 
 
