@@ -25,10 +25,13 @@ GRID = 6  # of the small ports' pretraining
 Port = Callable[[Tensor], Tensor]
 
 
-def randomised(model: nn.Module) -> nn.Module:
+LAST_NORMS = ("layernorm.weight", "layernorm.bias", "post_layernorm.weight", "post_layernorm.bias")
+
+
+def randomised(model: nn.Module, *, with_norm: bool = False) -> nn.Module:
     """Random values everywhere but in the last norm, which the released autoencoders make plain."""
     generator = torch.Generator().manual_seed(1)
-    last_norms = ("layernorm.weight", "layernorm.bias", "post_layernorm.weight", "post_layernorm.bias")
+    last_norms = () if with_norm else LAST_NORMS
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.endswith(last_norms):
@@ -48,6 +51,25 @@ def siglip2() -> tuple[nn.Module, Port]:
     return model, lambda pixels: model(pixels, interpolate_pos_encoding=True).last_hidden_state
 
 
+def siglip2_so400m() -> tuple[nn.Module, Port]:
+    sizes = {**SIZES, "intermediate_size": int(48 * 4304 / 1152)}
+    config = transformers.SiglipVisionConfig(**sizes, patch_size=14, image_size=14 * GRID)
+    model = randomised(transformers.SiglipVisionModel(config))
+
+    def before_last_norm(pixels: Tensor) -> Tensor:
+        """As the second paper has it, and normalised without scale and shift."""
+        found = model(pixels, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-1]
+        return functional.layer_norm(found, found.shape[-1:], eps=1e-6)
+
+    return model, before_last_norm
+
+
+def webssl() -> tuple[nn.Module, Port]:
+    config = transformers.Dinov2Config(**SIZES, patch_size=14, image_size=14 * GRID, mlp_ratio=4)
+    model = randomised(transformers.Dinov2Model(config), with_norm=True)
+    return model, lambda pixels: model(pixels).last_hidden_state[:, 1:]
+
+
 def mae() -> tuple[nn.Module, Port]:
     config = transformers.ViTMAEConfig(**SIZES, patch_size=16, image_size=16 * GRID, mask_ratio=0.0)
     model = randomised(transformers.ViTMAEModel(config))
@@ -59,7 +81,14 @@ def mae() -> tuple[nn.Module, Port]:
     return model, forward
 
 
-PORTS = {"dinov2_b": (dinov2, "dinov2"), "siglip2_b": (siglip2, "siglip2"), "mae_b": (mae, "mae")}
+PORTS = {
+    "dinov2_b": (dinov2, "dinov2"),
+    "siglip2_b": (siglip2, "siglip2"),
+    "siglip2_so400m": (siglip2_so400m, "siglip2"),
+    "webssl_dino_l": (webssl, "dinov2_plain"),
+    "mae_b": (mae, "mae"),
+}
+PATCH_SIZES = {name: 16 if name in ("siglip2_b", "mae_b") else 14 for name in PORTS}
 
 
 def saved(model: nn.Module, directory: Path) -> str:
@@ -72,7 +101,7 @@ def saved(model: nn.Module, directory: Path) -> str:
 @pytest.mark.parametrize("name", list(PORTS))
 def test_patch_tokens_equal_the_port(name: str, grid: int, tmp_path: Path) -> None:
     model, port = PORTS[name][0]()
-    side = grid * (14 if "dinov2" in name else 16)
+    side = grid * PATCH_SIZES[name]
     encoder = load_encoder(EncoderConfig(name=name, input_size=side, **OUR_SIZES), saved(model, tmp_path), "weights")
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     expected = port((images - encoder.pixel_mean) / encoder.pixel_std)
@@ -91,7 +120,7 @@ def test_there_and_back(name: str) -> None:
     # What is lost on the way, by name; see the module's docstring.
     lost = [key for key in theirs if key not in back or not torch.equal(theirs[key], back[key])]
     allowed = {"dinov2": ("layernorm.", "mask_token", "cls_token", "position_embeddings")}
-    allowed |= {"siglip2": ("post_layernorm.", "head."), "mae": ("layernorm.",)}
+    allowed |= {"siglip2": ("post_layernorm.", "head."), "mae": ("layernorm.",), "dinov2_plain": ("mask_token",)}
     assert all(any(part in key for part in allowed[port_name]) for key in lost), lost
     again = timm_from_port(back)
     assert again.keys() == timm_tensors.keys()
@@ -99,7 +128,7 @@ def test_there_and_back(name: str) -> None:
     # And the port's features do not notice.
     missing, unexpected = make()[0].load_state_dict(back, strict=False)
     assert not unexpected and all("layernorm" in key for key in missing)
-    images = torch.rand(1, 3, 14 * 16 if "dinov2" in name else 16 * GRID, 224 if "dinov2" in name else 16 * GRID)
+    images = torch.rand(1, 3, *[PATCH_SIZES[name] * (16 if name == "dinov2_b" else GRID)] * 2)
     before = port(images)
     model.load_state_dict(back, strict=False)
     torch.testing.assert_close(port(images), before, rtol=1e-6, atol=1e-6)
@@ -130,6 +159,7 @@ def test_resize_equals_torch(shape: tuple[int, int]) -> None:
 def test_latent_shapes_of_the_table(name: str) -> None:
     config = EncoderConfig(name=name)
     widths = {"dinov2_s": 384, "dinov2_b": 768, "dinov2_l": 1024, "siglip2_b": 768, "mae_b": 768}
+    widths |= {"siglip2_so400m": 1152, "webssl_dino_l": 1024}
     assert config.latent_shape == (widths[name], 16, 16)
     if name.startswith("dinov2"):
         assert EncoderConfig(name=name, input_size=448).latent_shape == (widths[name], 32, 32)

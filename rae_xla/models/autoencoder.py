@@ -117,6 +117,8 @@ def encoder_weights_path(
     """
     encoder = config.encoder
     unpublished = "an encoder with sizes of its own" if encoder.has_own_sizes else None
+    if not encoder.row.is_published:
+        unpublished = f"{encoder.name}, of which timm has no weights"
     return weights_path(encoder.weights, encoder.timm_model, root, key, process_index, unpublished=unpublished)
 
 

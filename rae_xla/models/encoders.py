@@ -2,12 +2,13 @@
 
 B batch, C channels, h = w = grid of patch tokens, N = h * w, p patch size in pixels.
 
-Source: arXiv 2510.11690, section 3. Class and register tokens are dropped; the final LayerNorm has no learned scale.
+Source: arXiv 2510.11690, section 3. Class and register tokens are dropped; the final LayerNorm has no learned scale,
+but for Web-SSL's.
 
 The released autoencoders were made with the Hugging Face ports of these encoders, and the numbers here are the ports'
 (tests/test_encoders.py, 1e-5). Where timm differs, this file follows the port: SigLIP's GELU is the tanh approximation,
 MAE's norms have eps 1e-12, and position embeddings are resampled as the port does it, once, when weights are loaded:
-bicubic, with antialiasing for DINOv2 and without for SigLIP and MAE.
+bicubic, with antialiasing for DINOv2 with registers and without for the others.
 """
 
 from __future__ import annotations
@@ -36,13 +37,19 @@ from rae_xla.models.resize import resize_bicubic
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderRow:
-    """timm's model, the input size its autoencoder was trained at, its port, and where the port differs from timm."""
+    """timm's model, the input size its autoencoder was trained at, and where its port differs from timm.
+
+    ``port``: what diffusers calls it.
+    ``affine_norm``: the last norm keeps its learned scale and shift. ``is_published``: timm has weights of it.
+    """
 
     timm_model: str
     input_size: int
     port: str | None = None
     norm_eps: float | None = None
     antialias_positions: bool = False
+    affine_norm: bool = False
+    is_published: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -60,6 +67,19 @@ ENCODERS = {
         input_size=256,
         port="siglip2",
         options={"act_layer": "gelu_tanh"},
+    ),
+    # Of the second paper (arXiv 2601.16208).
+    "siglip2_so400m": EncoderRow(
+        timm_model="vit_so400m_patch14_siglip_224.v2_webli",
+        input_size=224,
+        port="siglip2",
+        options={"act_layer": "gelu_tanh"},
+    ),
+    "webssl_dino_l": EncoderRow(
+        timm_model="vit_large_patch14_dinov2.lvd142m",
+        input_size=224,
+        affine_norm=True,
+        is_published=False,
     ),
     "mae_b": EncoderRow(timm_model="vit_base_patch16_224.mae", input_size=256, port="mae", norm_eps=1e-12),
 }
@@ -186,8 +206,9 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         backbone: Any = timm.create_model(config.timm_model, **config.timm_options)
-        # The released autoencoders replace the last norm's scale and shift by none at all.
-        backbone.norm = nn.LayerNorm(config.latent_shape[0], eps=backbone.norm.eps, elementwise_affine=False)
+        if not config.row.affine_norm:
+            # The released autoencoders replace the last norm's scale and shift by none at all.
+            backbone.norm = nn.LayerNorm(config.latent_shape[0], eps=backbone.norm.eps, elementwise_affine=False)
         compute_norms_in_float32(backbone)
         self.backbone = backbone
         mean, std = config.pixel_stats()
@@ -195,7 +216,10 @@ class Encoder(nn.Module):
         self.register_buffer("pixel_std", std, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] in [0, 1] -> float32 [B, C, h, w], each token of zero mean and unit variance."""
+        """float32 [B, 3, H, W] in [0, 1] -> float32 [B, C, h, w], each token of zero mean and unit variance.
+
+        But for an encoder whose last norm is kept.
+        """
         size = self.config.input_size
         if images.shape[2:] != (size, size):
             images = resize_bicubic(images, size)
@@ -226,7 +250,7 @@ def load_encoder(config: EncoderConfig, path: str, key: str) -> Encoder:
 
 
 def _fitted(tensors: Mapping[str, Tensor], encoder: Encoder) -> dict[str, Tensor]:
-    kept = features_only(tensors)
+    kept = features_only(tensors, with_norm=encoder.config.row.affine_norm)
     if "pos_embed" in kept:
         model, config = encoder.backbone, encoder.config
         num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rae_xla.models.convert.encoders import PORTS, port_from_timm, timm_from_port
+from rae_xla.models.convert.encoders import port_from_timm, timm_from_port
 from rae_xla.models.convert.keys import Tensors, inverse, num_blocks
 from rae_xla.models.convert.released import Layout, decoder_tables, from_released, is_table, to_released
 
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 EPS = 1e-5
 SAME_POSITIONS_GRID = 16
+# Ports of encoders, by which diffusers names them.
+ENCODER_TYPES = ("dinov2", "siglip2", "mae")
 
 _DECODER_PARTS = {
     ".attention.to_q.": ".attention.attention.query.",
@@ -46,7 +48,7 @@ class AutoencoderParts:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSizes:
-    """What diffusers' configuration says and state dicts do not show. ``port``: one of `encoders.PORTS`."""
+    """What diffusers' configuration says and state dicts do not show. ``port``: one of `ENCODER_TYPES`."""
 
     port: str
     encoder_input_size: int
@@ -71,8 +73,8 @@ def from_diffusers(tensors: Tensors, config: Mapping[str, Any]) -> tuple[Autoenc
             parts[part][rest] = value
         elif key not in ("encoder_mean", "encoder_std", "_latents_mean", "_latents_std"):
             raise ValueError(f"{key} is not a key of this layout")
-    if not isinstance(config, Mapping) or config.get("encoder_type") not in PORTS:
-        raise ValueError(f"config.json: encoder_type should be one of {', '.join(PORTS)}")
+    if not isinstance(config, Mapping) or config.get("encoder_type") not in ENCODER_TYPES:
+        raise ValueError(f"config.json: encoder_type should be one of {', '.join(ENCODER_TYPES)}")
     for name in ("encoder_input_size", "encoder_patch_size", "decoder_hidden_size"):
         if not isinstance(config.get(name), int):
             raise ValueError(f"config.json: {name} is missing or not a whole number")

@@ -1,7 +1,7 @@
 """The Hugging Face ports of the encoders to timm's layout and back.
 
-Ports: ``Dinov2WithRegistersModel``, ``SiglipVisionModel``, ``ViTMAEModel`` of transformers 4, alone or inside the
-larger models that are published (``SiglipModel``, ``ViTMAEForPreTraining``).
+Ports: ``Dinov2WithRegistersModel``, ``Dinov2Model`` (Web-SSL), ``SiglipVisionModel``, ``ViTMAEModel`` of transformers
+4, alone or inside the larger models that are published (``SiglipModel``, ``ViTMAEForPreTraining``).
 
 Not the identity in two places, neither of which features show: timm's DINOv2 has the class token's position added to
 the token, so on the way back that position is zero; and what features do not need (mask token, pooling head, text
@@ -38,24 +38,36 @@ _EMBEDDINGS = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
 }
+_DINOV2_BLOCK = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attention.attention.qkv": "attn.qkv",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+    "mlp": "mlp",
+}
 _PORTS = {
     "dinov2": _Port(
         prefixes=("", "dinov2_with_registers."),
         mark="embeddings.register_tokens",
         table={**_EMBEDDINGS, "embeddings.register_tokens": "reg_token"},
         blocks="encoder.layer",
-        block_table={
-            "norm1": "norm1",
-            "norm2": "norm2",
-            "attention.attention.qkv": "attn.qkv",
-            "attention.output.dense": "attn.proj",
-            "layer_scale1.lambda1": "ls1.gamma",
-            "layer_scale2.lambda1": "ls2.gamma",
-            "mlp": "mlp",
-        },
+        block_table=_DINOV2_BLOCK,
         attention="attention.attention",
         parts=_QUERY_KEY_VALUE,
         dropped=("embeddings.mask_token", "layernorm."),
+        restored={"embeddings.mask_token": (1, "D")},
+    ),
+    "dinov2_plain": _Port(
+        prefixes=("", "dinov2."),
+        mark="embeddings.mask_token",
+        table={**_EMBEDDINGS, "layernorm": "norm"},
+        blocks="encoder.layer",
+        block_table=_DINOV2_BLOCK,
+        attention="attention.attention",
+        parts=_QUERY_KEY_VALUE,
+        dropped=("embeddings.mask_token",),
         restored={"embeddings.mask_token": (1, "D")},
     ),
     "siglip2": _Port(
@@ -156,10 +168,13 @@ def port_from_timm(tensors: Tensors, name: str) -> dict[str, Tensor]:
     return {prefix + key: value for key, value in theirs.items()}
 
 
-def features_only(tensors: Tensors) -> dict[str, Tensor]:
-    """timm's state dict, or that of an encoder trained here, without what features do not need."""
+def features_only(tensors: Tensors, *, with_norm: bool = False) -> dict[str, Tensor]:
+    """timm's state dict, or that of an encoder trained here, without what features do not need.
+
+    ``with_norm``: they are those behind the last norm's own scale and shift.
+    """
     backbone = {key.removeprefix("backbone."): value for key, value in tensors.items()}
-    unused = ("norm.", "fc_norm.", "head.", "attn_pool.", "mask_token")
+    unused = ("fc_norm.", "head.", "attn_pool.", "mask_token", *(() if with_norm else ("norm.",)))
     return {key: value for key, value in backbone.items() if not key.startswith(unused)}
 
 
