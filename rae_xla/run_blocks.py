@@ -43,6 +43,8 @@ class ComputeConfig(Config):
 def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     """The way that ``config`` says, for `rae_xla.models.functional.call`.
 
+    What blocks have done ahead of them is done first. Parameters of a state, in as many parts as there are devices, are
+    then gathered to the parts of a step: each block could not gather its own from so many.
     Block outputs, and shared inputs that need a gradient, which tables do not, are marked as lying like the batch: left
     to itself the compiler gathers them in a scan. A block's parameters are made whole inside it, so that what is
     computed again gathers them again.
@@ -51,7 +53,7 @@ def make_run_blocks(config: ComputeConfig, runtime: Runtime) -> RunBlocks:
     def run(blocks: Blocks, prefix: str, values: Values, x: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
         left, own, shared = blocks.ahead(values, runtime.multiplied, *shared)
         if torch.is_grad_enabled():
-            # A state's, and none that lies as the rules for another do not say.
+            # Those of a state only: frozen ones lie so already, and rules are not about them.
             left = {name: runtime.as_used(prefix + name, value) for name, value in left.items()}
         names, rows, num_given = list(left), [*own, *left.values()], len(shared) + len(own)
 

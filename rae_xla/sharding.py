@@ -1,8 +1,8 @@
 """Which part of a tensor lies on which device, worked out from names and shapes alone: no device is needed to know it.
 
 The mesh has two axes. A batch is split over both, and so is a training's state: nobody needs it whole to change it
-(arXiv 2004.13336). At the beginning of a step the parameters are cast and gathered along ``data``; in the step they
-are split over ``fsdp`` alone.
+(arXiv 2004.13336). At the beginning of a step, or of each microbatch, the parameters of blocks are cast and gathered
+along ``data``; in it they are split over ``fsdp`` alone.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ tower, the scale of the last norm) is dropped on the way in and zero on the way 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,37 +38,33 @@ _EMBEDDINGS = {
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
 }
-_DINOV2_BLOCK = {
-    "norm1": "norm1",
-    "norm2": "norm2",
-    "attention.attention.qkv": "attn.qkv",
-    "attention.output.dense": "attn.proj",
-    "layer_scale1.lambda1": "ls1.gamma",
-    "layer_scale2.lambda1": "ls2.gamma",
-    "mlp": "mlp",
-}
+_DINOV2 = _Port(
+    prefixes=("", "dinov2_with_registers."),
+    mark="embeddings.register_tokens",
+    table={**_EMBEDDINGS, "embeddings.register_tokens": "reg_token"},
+    blocks="encoder.layer",
+    block_table={
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attention.attention.qkv": "attn.qkv",
+        "attention.output.dense": "attn.proj",
+        "layer_scale1.lambda1": "ls1.gamma",
+        "layer_scale2.lambda1": "ls2.gamma",
+        "mlp": "mlp",
+    },
+    attention="attention.attention",
+    parts=_QUERY_KEY_VALUE,
+    dropped=("embeddings.mask_token", "layernorm."),
+    restored={"embeddings.mask_token": (1, "D")},
+)
 _PORTS = {
-    "dinov2": _Port(
-        prefixes=("", "dinov2_with_registers."),
-        mark="embeddings.register_tokens",
-        table={**_EMBEDDINGS, "embeddings.register_tokens": "reg_token"},
-        blocks="encoder.layer",
-        block_table=_DINOV2_BLOCK,
-        attention="attention.attention",
-        parts=_QUERY_KEY_VALUE,
-        dropped=("embeddings.mask_token", "layernorm."),
-        restored={"embeddings.mask_token": (1, "D")},
-    ),
-    "dinov2_plain": _Port(
+    "dinov2": _DINOV2,
+    "dinov2_plain": replace(
+        _DINOV2,
         prefixes=("", "dinov2."),
         mark="embeddings.mask_token",
         table={**_EMBEDDINGS, "layernorm": "norm"},
-        blocks="encoder.layer",
-        block_table=_DINOV2_BLOCK,
-        attention="attention.attention",
-        parts=_QUERY_KEY_VALUE,
         dropped=("embeddings.mask_token",),
-        restored={"embeddings.mask_token": (1, "D")},
     ),
     "siglip2": _Port(
         prefixes=("vision_model.", ""),
